@@ -1,0 +1,251 @@
+"Sampling steps and DDIM: against diffusers' scheduler, against the formula in float64, and on a distribution that is known."
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hypothesis import given, settings, strategies as st
+
+from sd_scratch.noise import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
+from sd_scratch.samplers import ddim, draw_noise, mixture_noise, sampling_steps
+
+COUNTS = (1, 7, 13, 25, 50)
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert torch.isfinite(theirs).all()
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+def seeded(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def reference(schedule): return DDIMScheduler(**schedule.config, clip_sample=False)
+
+
+class Gap:
+    "Stands for a number of steps: makes diffusers' `num_train_timesteps // num_inference_steps` the given length of a step."
+    def __init__(self, length): self.length = length
+    def __rfloordiv__(self, total): return self.length
+
+
+def denoiser(x, t):
+    "Answer with something that depends on every number given, and is about as large as a network's answer."
+    return torch.tanh(x.flip(-1) * (1 + t / 700)) + math.sin(t)
+
+
+# -- which time steps
+
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("total", [1000, 400])
+def test_time_steps_are_diffusers(spacing, offset, total):
+    schedule = NoiseSchedule(total, timestep_spacing=spacing, steps_offset=offset)
+    theirs = reference(schedule)
+    for count in range(1, total + 1):
+        theirs.set_timesteps(count)
+        expected = theirs.timesteps.tolist()
+        if spacing == "trailing" and len(expected) == count + 1: assert expected.pop() == -1   # a rounded step length gives diffusers one too many
+        if expected[0] >= total:                                                               # diffusers looks beyond the end of its table
+            with pytest.raises(ValueError, match="take fewer steps"): sampling_steps(schedule, count)
+            continue
+        assert [t for t, _ in sampling_steps(schedule, count)] == expected, count
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(TIMESTEP_SPACINGS), st.integers(0, 1), st.integers(1, 1000), st.data())
+def test_steps_fall_and_join(spacing, offset, total, data):
+    count = data.draw(st.integers(1, max(1, total - offset)))
+    schedule = NoiseSchedule(total, timestep_spacing=spacing, steps_offset=0 if total == 1 else offset)
+    steps = sampling_steps(schedule, count)
+    assert len(steps) == count and steps[-1][1] < 0
+    assert all(type(t) is int and 0 <= t < total and t_next < t for t, t_next in steps)
+    assert all(after[0] == before[1] for before, after in zip(steps, steps[1:]))
+
+
+def test_steps_by_hand():
+    assert sampling_steps(NoiseSchedule(timestep_spacing="trailing"), 13)[:4] == [(999, 922), (922, 845), (845, 768), (768, 691)]
+    assert sampling_steps(NoiseSchedule(), 1) == [(1, -1)]
+    assert sampling_steps(NoiseSchedule(steps_offset=0), 1000)[::999] == [(999, 998), (0, -1)]
+    assert sampling_steps(NoiseSchedule(timestep_spacing="linspace"), 1000) == sampling_steps(NoiseSchedule(timestep_spacing="trailing"), 1000)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1001, 2.5, "25", None, True, float("nan")])
+def test_bad_counts(count):
+    with pytest.raises(ValueError, match="from 1 to 1000") as caught: sampling_steps(NoiseSchedule(), count)
+    assert repr(count) in str(caught.value)
+
+
+def test_an_offset_that_leaves_the_schedule():
+    with pytest.raises(ValueError, match="time step 1000.*the last one is 999"): sampling_steps(NoiseSchedule(steps_offset=1), 1000)
+    assert sampling_steps(NoiseSchedule(steps_offset=1), 999)[0][0] == 999
+
+
+# -- DDIM
+
+def follow(schedule, count, eta, right_gap):
+    "Walk with diffusers; at each step do the same step with ours, from the same x."
+    theirs = reference(schedule)
+    theirs.set_timesteps(count)
+    x = torch.randn(2, 4, 5, 6, generator=seeded(1))
+    generators = seeded(2), seeded(2)
+    steps = sampling_steps(schedule, count)
+    assert [t for t, _ in steps] == theirs.timesteps.tolist()
+    for t, t_next in steps:
+        if right_gap: theirs.num_inference_steps = Gap(t - t_next if t_next >= 0 else 10_000)
+        after = theirs.step(denoiser(x, t), t, x, eta=eta, generator=generators[0]).prev_sample
+        close(ddim(denoiser, x, [(t, t_next)], generators[1], schedule=schedule, eta=eta), after)
+        x = after
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())    # as many random numbers drawn
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("offset, to_one", [(1, False), (0, False), (0, True), (3, True)])
+def test_leading_is_diffusers(count, eta, prediction_type, offset, to_one):
+    schedule = NoiseSchedule(prediction_type=prediction_type, steps_offset=offset, set_alpha_to_one=to_one)
+    follow(schedule, count, eta, right_gap=False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 25, 50])                               # these divide 1,000: diffusers' own step lengths are right
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("to_one", [False, True])
+def test_trailing_is_diffusers(count, eta, prediction_type, to_one):
+    schedule = NoiseSchedule(prediction_type=prediction_type, timestep_spacing="trailing", set_alpha_to_one=to_one)
+    follow(schedule, count, eta, right_gap=False)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_other_spacings_are_diffusers_where_it_is_told_where_to_go(count, eta, prediction_type, spacing):
+    # diffusers takes every step to be 1000 // n long, which `linspace` never is, and `trailing` only where n divides 1,000.
+    follow(NoiseSchedule(prediction_type=prediction_type, timestep_spacing=spacing, beta_schedule="linear"), count, eta, right_gap=True)
+
+
+PRODUCT = [1 - (0.00085 ** 0.5 + (0.012 ** 0.5 - 0.00085 ** 0.5) * i / 999) ** 2 for i in range(1000)]
+for i in range(1, 1000): PRODUCT[i] *= PRODUCT[i - 1]
+
+
+def by_formula(schedule, output, x, t, t_next, eta, z):
+    "One step by eqs. 12 and 16 of Song et al. 2020, in Python's floats."
+    a = PRODUCT[t]
+    a_next = PRODUCT[t_next] if t_next >= 0 else 1.0 if schedule.set_alpha_to_one else PRODUCT[0]
+    eps = dict(epsilon=lambda: output, sample=lambda: (x - math.sqrt(a) * output) / math.sqrt(1 - a),
+               v_prediction=lambda: math.sqrt(a) * output + math.sqrt(1 - a) * x)[schedule.prediction_type]()
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    sigma = eta * math.sqrt((1 - a_next) / (1 - a)) * math.sqrt(1 - a / a_next)
+    return math.sqrt(a_next) * x0 + math.sqrt(max(0.0, 1 - a_next - sigma ** 2)) * eps + sigma * z
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize("to_one", [False, True])
+def test_every_step_is_the_formula(count, eta, prediction_type, spacing, to_one):
+    schedule = NoiseSchedule(prediction_type=prediction_type, timestep_spacing=spacing, set_alpha_to_one=to_one)
+    x = torch.randn(1, 12, generator=seeded(3))
+    ours, random = seeded(4), seeded(4)
+    for t, t_next in sampling_steps(schedule, count):
+        z = torch.randn(1, 12, generator=random)
+        truth = by_formula(schedule, denoiser(x, t).double(), x.double(), t, t_next, eta, z.double())
+        after = ddim(denoiser, x, [(t, t_next)], ours, schedule=schedule, eta=eta)
+        # float32 tables: 1 - ᾱ has 3 digits fewer than ᾱ near ᾱ = 1, and ᾱ is a product of up to 1,000 rounded numbers
+        assert (after - truth).abs().max() <= 2e-4 * max(1, truth.abs().max()), t
+        x = after
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_whole_run_is_diffusers(eta, prediction_type):
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    theirs = reference(schedule)
+    theirs.set_timesteps(25)
+    start = theirs_x = torch.randn(2, 3, 4, 4, generator=seeded(5))
+    generator = seeded(6)
+    for t in theirs.timesteps: theirs_x = theirs.step(denoiser(theirs_x, int(t)), t, theirs_x, eta=eta, generator=generator).prev_sample
+    ours = ddim(denoiser, start, sampling_steps(schedule, 25), seeded(6), schedule=schedule, eta=eta)
+    assert (ours - theirs_x).abs().max() <= 1e-4 * max(1, theirs_x.abs().max())
+
+
+def test_a_list_of_generators_is_diffusers():
+    schedule = NoiseSchedule()
+    theirs = reference(schedule)
+    theirs.set_timesteps(5)
+    start = theirs_x = torch.randn(3, 4, 4, 4, generator=seeded(5))
+    generators = [seeded(i) for i in range(3)]
+    for t in theirs.timesteps: theirs_x = theirs.step(denoiser(theirs_x, int(t)), t, theirs_x, eta=1.0, generator=generators).prev_sample
+    steps = sampling_steps(schedule, 5)
+    ours = ddim(denoiser, start, steps, [seeded(i) for i in range(3)], schedule=schedule, eta=1.0)
+    assert (ours - theirs_x).abs().max() <= 1e-4 * max(1, theirs_x.abs().max())
+    alone = ddim(denoiser, start[1:2], steps, seeded(1), schedule=schedule, eta=1.0)
+    assert torch.allclose(ours[1:2], alone, atol=1e-5)                           # a picture doesn't depend on its neighbours
+    with pytest.raises(ValueError, match="2 generators for 3 pictures"): ddim(denoiser, start, steps, [seeded(), seeded()], schedule=schedule, eta=1.0)
+
+
+def test_random_numbers():
+    schedule, x, steps = NoiseSchedule(), torch.randn(2, 8, generator=seeded(7)), [(981, 500), (500, 20), (20, -1)]
+    run = lambda seed, eta: ddim(denoiser, x, steps, seeded(seed), schedule=schedule, eta=eta)
+    assert torch.equal(run(0, 1.0), run(0, 1.0)) and not torch.equal(run(0, 1.0), run(1, 1.0))
+    assert torch.equal(run(0, 0.0), run(1, 0.0))
+    generator = seeded(0)
+    ddim(denoiser, x, steps, generator, schedule=schedule)
+    assert torch.equal(generator.get_state(), seeded(0).get_state())             # with η = 0 none is drawn
+    torch.manual_seed(9)
+    first = ddim(denoiser, x, steps, schedule=schedule, eta=0.5)
+    torch.manual_seed(9)
+    assert torch.equal(first, ddim(denoiser, x, steps, schedule=schedule, eta=0.5))
+    assert draw_noise((2, 3), seeded(), dtype=torch.float64).dtype == torch.float64
+
+
+def test_on_step_sees_and_replaces():
+    schedule, x = NoiseSchedule(), torch.randn(2, 8, generator=seeded(8))
+    steps, seen = sampling_steps(schedule, 4), []
+    plain = ddim(denoiser, x, steps, schedule=schedule, on_step=lambda i, t, x: seen.append((i, t, x)))
+    assert [(i, t) for i, t, _ in seen] == list(enumerate([751, 501, 251, 1])) and torch.equal(seen[-1][2], plain)
+    replaced = ddim(denoiser, x, steps, schedule=schedule, on_step=lambda i, t, x: torch.zeros_like(x) if i == 1 else None)
+    assert torch.equal(replaced, ddim(denoiser, torch.zeros_like(x), steps[2:], schedule=schedule))
+    assert torch.equal(x, torch.randn(2, 8, generator=seeded(8)))                # the caller's x stays as it was
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+def test_bad_eta(eta):
+    with pytest.raises(ValueError, match="eta is"): ddim(denoiser, torch.zeros(1, 2), [(1, -1)], schedule=NoiseSchedule(), eta=eta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_number_format_is_kept(dtype):
+    x = torch.randn(2, 8, generator=seeded()).to(dtype)
+    assert ddim(denoiser, x, sampling_steps(NoiseSchedule(), 3), seeded(), schedule=NoiseSchedule(), eta=0.5).dtype == dtype
+
+
+# -- on a distribution that is known
+
+MEANS, STD, WEIGHTS = torch.tensor([[-1.0, 0.5], [1.0, 1.0], [0.2, -1.2]]), 0.15, torch.tensor([0.5, 0.3, 0.2])
+
+
+def test_mixture_noise_is_the_score():
+    schedule = NoiseSchedule()
+    for t in 0, 300, 999:
+        x = (torch.randn(6, 2, generator=seeded(t)).double()).requires_grad_()
+        a = schedule.alpha_bar(t).double()
+        bumps = torch.distributions.MultivariateNormal(a.sqrt() * MEANS.double(), torch.eye(2, dtype=torch.float64) * (a * STD ** 2 + 1 - a))
+        score, = torch.autograd.grad(torch.logsumexp(WEIGHTS.double().log() + bumps.log_prob(x[:, None]), 1).sum(), x)
+        ours = mixture_noise(x.detach(), t, MEANS.double(), STD, WEIGHTS.double(), schedule)
+        assert torch.allclose(ours, -(1 - a).sqrt() * score, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+def test_noise_becomes_the_mixture(eta, spacing):
+    schedule = NoiseSchedule(timestep_spacing=spacing)
+    exact = lambda x, t: mixture_noise(x, t, MEANS, STD, WEIGHTS, schedule)
+    points = ddim(exact, torch.randn(4000, 2, generator=seeded(11)), sampling_steps(schedule, 400 if eta else 100), seeded(12), schedule=schedule, eta=eta)
+    nearest = torch.cdist(points, MEANS).argmin(1)
+    assert (torch.bincount(nearest, minlength=3) / 4000 - WEIGHTS).abs().max() < 0.03
+    assert (points - MEANS[nearest]).square().mean().sqrt() == pytest.approx(STD, abs=0.02)
