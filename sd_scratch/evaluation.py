@@ -6,7 +6,7 @@
 __all__ = ['ShapesClassifier', 'worn', 'train_shapes_classifier', 'save_shapes_classifier', 'load_shapes_classifier',
            'prompts_for', 'prompt_accuracy', 'prompt_report']
 
-# %% ../nbs/14_evaluation.ipynb #7611dc0f
+# %% ../nbs/14_evaluation.ipynb #e32c8c56
 import random
 
 import numpy as np
@@ -20,7 +20,7 @@ from .course import weights_folder, whole_file
 from .data import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZES, Scene, Thing, draw_scene, parse_caption, random_scene
 from .layers import read_weights
 
-# %% ../nbs/14_evaluation.ipynb #62edebd5
+# %% ../nbs/14_evaluation.ipynb #7dedf7c9
 _THING = dict(size=SIZES, color=tuple(COLORS), shape=SHAPES)
 _HEADS = dict(layout=("one thing", "above", "left of", "neither"), background=tuple(BACKGROUNDS),
               **{f"{name} {slot}": words for slot in (1, 2) for name, words in _THING.items()})
@@ -63,7 +63,7 @@ def _scene(row):
     things = tuple(Thing(*(words[f"{name} {slot}"] for name in _THING)) for slot in ((1, 2) if relation else (1,)))
     return Scene(things, relation, words["background"])
 
-# %% ../nbs/14_evaluation.ipynb #c5cebeb0
+# %% ../nbs/14_evaluation.ipynb #2a0b3b53
 _SKIP = -100
 
 def _labels(scene):
@@ -73,34 +73,34 @@ def _labels(scene):
     return [choices.index(word) for word, choices in zip(words, _HEADS.values())] + [_SKIP]*(len(_HEADS) - len(words))
 
 def _drawn(count, seed):
-    "Draw scenes with their labels, a quarter of them with held-out combinations."
+    "Draw scenes with their labels, two in three with two things, one in four with a held-out combination."
     rng = random.Random(f"classifier {seed}")
     pixels, labels = np.empty((count, 32, 32, 3), dtype=np.uint8), []
     for i in range(count):
-        scene = random_scene(rng, things=1 + i % 2, held_out=i % 8 < 2)
+        scene = random_scene(rng, things=1 if i % 3 == 0 else 2, held_out=i % 4 == 0)
         pixels[i] = draw_scene(scene, rng)
         labels.append(_labels(scene))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
-# %% ../nbs/14_evaluation.ipynb #46dd3816
+# %% ../nbs/14_evaluation.ipynb #80df09ca
 def _neither(pictures, labels, count, generator):
-    "Make pictures that are no scenes: three or four things, two ghosts, nothing at all."
+    "Make up to `count` pictures that are no scenes: three things, two ghosts, nothing at all."
     made = []
     for k, color in enumerate(BACKGROUNDS.values()):
         empty = torch.tensor(color, dtype=torch.uint8)[:, None, None]         # (3, 1, 1)
         here, alone = labels[:, 1] == k, labels[:, 0] == 0
-        pick = lambda which: pictures[which.nonzero()[:, 0][torch.randint(int(which.sum()), (count//8,), generator=generator)]]
-        a, b = pick(here & ~alone), pick(here)
-        drawn = [(p != empty).any(1, keepdim=True) for p in (a, b)]           # where things are: (N, 1, 32, 32)
+        pick = lambda which, n: pictures[which.nonzero()[:, 0][torch.randint(int(which.sum()), (n,), generator=generator)]]
+        two, one = pick(here & ~alone, 2*count), pick(here & alone, 2*count)
+        drawn = [(p != empty).any(1, keepdim=True) for p in (two, one)]       # where things are: (N, 1, 32, 32)
         apart = ~(drawn[0] & drawn[1]).flatten(1).any(1)
-        ghosts = (pick(here & alone).float() + pick(here & alone).float())/2
-        made += [torch.where(drawn[1], b, a)[apart], ghosts.to(torch.uint8), empty.expand(1 + count//80, 3, 32, 32)]
+        ghosts = (pick(here & alone, count//20).float() + pick(here & alone, count//20).float())/2
+        made += [torch.where(drawn[1], one, two)[apart][:count//5], ghosts.to(torch.uint8), empty.expand(count//200, 3, 32, 32)]
     made = torch.cat(made)
     wrong = torch.full((len(made), len(_HEADS)), _SKIP)
     wrong[:, 0] = _HEADS["layout"].index("neither")
     return made, wrong
 
-# %% ../nbs/14_evaluation.ipynb #d0c6a27a
+# %% ../nbs/14_evaluation.ipynb #bca1ded9
 def _blurred(x, sigma):
     line = torch.exp(-torch.arange(-2., 3.)**2/(2*sigma**2)).to(x)
     line = line/line.sum()
@@ -110,15 +110,21 @@ def worn(
     x,           # (B, 3, 32, 32) in [-1, 1]
     generator,   # torch.Generator on the CPU
 ):               # (B, 3, 32, 32) in [-1, 1]
-    "Blur pictures a little, add noise, and shift their colours slightly, each by its own random amount."
+    "Bend, blur, filter and shade pictures slightly, and add noise, to each by its own random amount."
     amount = lambda *shape: torch.rand(len(x), *shape, generator=generator).to(x)
-    normal = lambda size: torch.randn(len(x), 3, size, size, generator=generator).to(x)
+    normal = lambda *shape: torch.randn(shape, generator=generator).to(x)
+    straight = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), x.shape, align_corners=False)          # (B, 32, 32, 2): where to look, in [-1, 1]
+    bends = F.interpolate(normal(len(x), 2, 8, 8), size=32, mode="bilinear").permute(0, 2, 3, 1)                # likewise
+    x = F.grid_sample(x, straight + 0.4*2/32*amount(1, 1, 1)*bends, padding_mode="border", align_corners=False) # by about 0.4 pixels at most
     x = torch.lerp(x, _blurred(x, 0.8), amount(1, 1, 1))
-    x = x + 0.1*amount(1, 1, 1)*normal(32)
-    x = x + 0.1*amount(1, 1, 1)*F.interpolate(normal(8), size=32, mode="bilinear")
+    ringing = normal(3, 3, 5, 5)                                                                                # a filter that leaves flat surfaces alone
+    ringing = 0.03*(ringing - ringing.mean((2, 3), keepdim=True))
+    x = x + amount(1, 1, 1)*F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), ringing)
+    x = x + 0.1*amount(1, 1, 1)*normal(*x.shape)
+    x = x + 0.1*amount(1, 1, 1)*F.interpolate(normal(len(x), 3, 8, 8), size=32, mode="bilinear")
     return (x*(1 - 0.08*amount(1, 1, 1)) + 0.06*(2*amount(3, 1, 1) - 1)).clamp(-1, 1)
 
-# %% ../nbs/14_evaluation.ipynb #326dcbea
+# %% ../nbs/14_evaluation.ipynb #e9c6f3b7
 def train_shapes_classifier(
     steps=3000,      # training steps
     seed=0,          # of the pictures, the weights and the batches
@@ -149,7 +155,7 @@ def train_shapes_classifier(
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return classifier.eval()
 
-# %% ../nbs/14_evaluation.ipynb #979e4989
+# %% ../nbs/14_evaluation.ipynb #f37adfdd
 def _classifier_file(): return weights_folder()/"shapes_classifier.safetensors"
 
 def save_shapes_classifier(
@@ -169,7 +175,7 @@ def load_shapes_classifier(
     except RuntimeError as error: raise ValueError(f"{path} doesn't hold the weights of a ShapesClassifier ({str(error).splitlines()[-1].strip()})") from None
     return classifier.eval()
 
-# %% ../nbs/14_evaluation.ipynb #fe7fbeef
+# %% ../nbs/14_evaluation.ipynb #d4def37e
 def prompts_for(
     count,           # how many prompts
     held_out=False,  # True: each names a held-out combination; False: none does
@@ -180,7 +186,7 @@ def prompts_for(
     rng = random.Random(f"prompts {held_out} {things} {seed}")
     return [random_scene(rng, things, held_out).caption for _ in range(count)]
 
-# %% ../nbs/14_evaluation.ipynb #3996050f
+# %% ../nbs/14_evaluation.ipynb #bd123279
 def _wanted(prompt):
     scene = parse_caption(prompt).canonical()
     for thing in scene.things:
@@ -210,7 +216,7 @@ def prompt_accuracy(
     wanted, read = _drawn_and_read(draw, prompts, classifier, batch)
     return sum(a == b for a, b in zip(wanted, read, strict=True))/len(wanted)
 
-# %% ../nbs/14_evaluation.ipynb #58410851
+# %% ../nbs/14_evaluation.ipynb #79d4e543
 def _share(rights): return sum(rights)/len(rights) if rights else None
 
 def prompt_report(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['guided']
 
-# %% ../nbs/16_guidance.ipynb #d144bba6
+# %% ../nbs/16_guidance.ipynb #e9306e0e
 import math
 import torch
 
-# %% ../nbs/16_guidance.ipynb #0160a69d
+# %% ../nbs/16_guidance.ipynb #129234e7
 def guided(
     unet, # callable (x, t, text) -> (B, ...): the prediction, in any prediction type
     text:torch.Tensor, # (B, L, D): the prompts, encoded

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BETA_SCHEDULES', 'PREDICTION_TYPES', 'TIMESTEP_SPACINGS', 'beta_table', 'NoiseSchedule']
 
-# %% ../nbs/11_noise.ipynb #0cd3e897
+# %% ../nbs/11_noise.ipynb #50424719
 import json
 import math
 import numbers
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .course import whole_file
 from .layers import read_json
 
-# %% ../nbs/11_noise.ipynb #15c2629b
+# %% ../nbs/11_noise.ipynb #600ffff7
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 def beta_table(
@@ -34,7 +34,7 @@ def beta_table(
         return torch.tensor([min(1 - later / now, 0.999) for now, later in zip(f, f[1:])])   # Nichol and Dhariwal, eq. 17
     raise ValueError(f"unknown beta_schedule {beta_schedule!r}; there are {', '.join(BETA_SCHEDULES)}")
 
-# %% ../nbs/11_noise.ipynb #e379c99f
+# %% ../nbs/11_noise.ipynb #53a96ca1
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
@@ -49,7 +49,7 @@ def _check_settings(config):
     if not (isinstance(start, numbers.Real) and isinstance(end, numbers.Real) and 0 < start <= end < 1):
         raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they must be numbers with 0 < beta_start <= beta_end < 1")
 
-# %% ../nbs/11_noise.ipynb #4d84dbf6
+# %% ../nbs/11_noise.ipynb #fe0db4dc
 class NoiseSchedule:
     "Hold the table of noise levels and the settings that go with it."
     def __init__(self,
@@ -71,7 +71,7 @@ class NoiseSchedule:
 
     def __repr__(self): return f"NoiseSchedule({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
 
-# %% ../nbs/11_noise.ipynb #98215b2e
+# %% ../nbs/11_noise.ipynb #bf8e0626
 @patch
 def alpha_bar(self:NoiseSchedule,
     t, # int or LongTensor: time steps from 0 to T - 1; negative where none is left
@@ -80,7 +80,7 @@ def alpha_bar(self:NoiseSchedule,
     t = torch.as_tensor(t)
     return torch.where(t < 0, self.final_alpha_cumprod.to(t.device), self.alphas_cumprod.to(t.device)[t.clamp(min=0)])
 
-# %% ../nbs/11_noise.ipynb #b3fde6d2
+# %% ../nbs/11_noise.ipynb #e2bbb8d4
 @patch
 def scales(self:NoiseSchedule,
     t, # int or LongTensor (B,): time steps
@@ -101,7 +101,7 @@ def add_noise(self:NoiseSchedule,
     signal, sigma = self.scales(t, x0)
     return signal * x0 + sigma * noise   # DDPM, eq. 4
 
-# %% ../nbs/11_noise.ipynb #9cf2b09b
+# %% ../nbs/11_noise.ipynb #de6668f9
 @patch
 def velocity(self:NoiseSchedule,
     x0:torch.Tensor, # (B, ...): clean pictures
@@ -123,7 +123,7 @@ def target(self:NoiseSchedule,
     if self.prediction_type == "sample": return x0
     return self.velocity(x0, noise, t)
 
-# %% ../nbs/11_noise.ipynb #ba5333ca
+# %% ../nbs/11_noise.ipynb #200774aa
 @patch
 def split(self:NoiseSchedule,
     output:torch.Tensor, # (B, ...): what the network returned
@@ -136,7 +136,7 @@ def split(self:NoiseSchedule,
     if self.prediction_type == "sample": return output, (x_t - signal * output) / sigma    # add_noise, solved for the noise
     return signal * x_t - sigma * output, sigma * x_t + signal * output                    # a rotation by φ, back
 
-# %% ../nbs/11_noise.ipynb #4cb7b400
+# %% ../nbs/11_noise.ipynb #7101ae3b
 @patch
 def save_pretrained(self:NoiseSchedule,
     folder, # str or Path: made if it isn't there
@@ -147,7 +147,7 @@ def save_pretrained(self:NoiseSchedule,
     with whole_file(file) as part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return file
 
-# %% ../nbs/11_noise.ipynb #a20a8b92
+# %% ../nbs/11_noise.ipynb #cd02579a
 _DIFFUSERS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon", steps_offset=0,
                   set_alpha_to_one=True, timestep_spacing="leading", clip_sample=True)      # DDIMScheduler's defaults
 _DEFAULTS = dict(DDIMScheduler={}, DDPMScheduler={}, PNDMScheduler=dict(set_alpha_to_one=False, clip_sample=False))
@@ -176,7 +176,7 @@ def from_config(cls:NoiseSchedule,
         warnings.warn(f"the model's scheduler is {name}, which isn't implemented: sampling with DDIM on the same noise schedule instead{lost}", stacklevel=2)
     return cls(**known)
 
-# %% ../nbs/11_noise.ipynb #b3676b26
+# %% ../nbs/11_noise.ipynb #1a022c8b
 @patch(cls_method=True)
 def from_pretrained(cls:NoiseSchedule,
     folder, # str or Path: holds scheduler_config.json

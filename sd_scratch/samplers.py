@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['mixture_noise', 'sampling_steps', 'draw_noise', 'ddim']
 
-# %% ../nbs/15_samplers.ipynb #e8e3176c
+# %% ../nbs/15_samplers.ipynb #17a240e9
 import numpy as np
 import torch
 from .noise import NoiseSchedule
 
-# %% ../nbs/15_samplers.ipynb #da929756
+# %% ../nbs/15_samplers.ipynb #aec5fd9a
 def mixture_noise(
     x:torch.Tensor, # (B, D): noisy points
     t, # int: their time step
@@ -27,7 +27,7 @@ def mixture_noise(
     score = (share[..., None] * way).sum(1) / variance                                         # (B, K, D) -> (B, D)
     return -(1 - a).sqrt() * score
 
-# %% ../nbs/15_samplers.ipynb #fc043a38
+# %% ../nbs/15_samplers.ipynb #dc11eaf2
 def sampling_steps(
     schedule:NoiseSchedule, # says how many time steps there are and how to space them
     count:int, # steps that the sampler takes, 1 to num_train_timesteps
@@ -45,7 +45,7 @@ def sampling_steps(
                          f"and the last one is {total - 1}: take fewer steps")
     return list(zip(ts, ts[1:] + [-1]))
 
-# %% ../nbs/15_samplers.ipynb #6722d194
+# %% ../nbs/15_samplers.ipynb #91b1e910
 def draw_noise(
     shape, # (B, ...): its shape
     generator=None, # torch.Generator, or a list of B of them, or None for PyTorch's own
@@ -58,7 +58,7 @@ def draw_noise(
         return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
     return torch.randn(tuple(shape), generator=generator, device=generator.device if generator else device, dtype=dtype).to(device)
 
-# %% ../nbs/15_samplers.ipynb #555aba56
+# %% ../nbs/15_samplers.ipynb #6c407f2d
 def ddim(
     denoiser, # callable (x, t) -> (B, ...): what schedule.prediction_type says
     x:torch.Tensor, # (B, ...): standard normal noise, or a picture noised to the first time step

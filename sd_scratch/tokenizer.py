@@ -6,7 +6,7 @@
 __all__ = ['BEGIN', 'END', 'LETTERS', 'BYTES', 'WORD', 'byte_letters', 'clean', 'split_words', 'spell', 'merge_pair',
            'learn_merges', 'merge_word', 'CLIPTokenizer', 'read_json', 'read_vocabulary']
 
-# %% ../nbs/08_tokenizer.ipynb #97fb98eb
+# %% ../nbs/08_tokenizer.ipynb #0c7ff8e7
 import json
 import unicodedata
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ import regex
 import torch
 from fastcore.basics import patch
 
-# %% ../nbs/08_tokenizer.ipynb #dfe5bb45
+# %% ../nbs/08_tokenizer.ipynb #531a0684
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 def byte_letters(
@@ -30,7 +30,7 @@ def byte_letters(
 LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
-# %% ../nbs/08_tokenizer.ipynb #d1f9ab0c
+# %% ../nbs/08_tokenizer.ipynb #39333c50
 def clean(
     text: str,  # any text
 ) -> str:       # composed characters, single spaces, small letters
@@ -38,7 +38,7 @@ def clean(
     spaced = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text))
     return "".join(letter.lower() for letter in spaced)
 
-# %% ../nbs/08_tokenizer.ipynb #83e2f9ac
+# %% ../nbs/08_tokenizer.ipynb #475962e6
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 def split_words(
@@ -50,7 +50,7 @@ def split_words(
         words += [word[:2], word[2:-2], word[-2:]] if word in (BEGIN, END) else [word]
     return words
 
-# %% ../nbs/08_tokenizer.ipynb #c665528d
+# %% ../nbs/08_tokenizer.ipynb #d9122818
 def spell(
     word: str,   # one word
 ) -> list[str]:  # a letter for each byte, the last one with "</w>"
@@ -58,7 +58,7 @@ def spell(
     letters = [LETTERS[byte] for byte in word.encode("utf-8")]
     return letters[:-1] + [letters[-1] + "</w>"]
 
-# %% ../nbs/08_tokenizer.ipynb #ea90b41f
+# %% ../nbs/08_tokenizer.ipynb #42842d05
 def merge_pair(
     symbols: list[str],     # a spelled word
     pair: tuple[str, str],  # two neighbours
@@ -70,7 +70,7 @@ def merge_pair(
         else: merged.append(symbol)
     return merged
 
-# %% ../nbs/08_tokenizer.ipynb #0fbb1aa2
+# %% ../nbs/08_tokenizer.ipynb #b13b86a1
 def learn_merges(
     words: dict[str, int],    # word -> how often it occurs
     count: int,               # merges wanted
@@ -94,7 +94,7 @@ def learn_merges(
             add(word, +1)
     return merges
 
-# %% ../nbs/08_tokenizer.ipynb #547eda12
+# %% ../nbs/08_tokenizer.ipynb #3098b42b
 def merge_word(
     word: str,                         # one word
     ranks: dict[tuple[str, str], int], # pair -> its place in the order of learning
@@ -107,7 +107,7 @@ def merge_word(
         symbols = merge_pair(symbols, pair)
     return symbols
 
-# %% ../nbs/08_tokenizer.ipynb #bd28037c
+# %% ../nbs/08_tokenizer.ipynb #087d45fc
 class CLIPTokenizer:
     "Turn text into token ids and back, as CLIP does: byte-pair encoding of clean, small-letter words."
     def __init__(
@@ -125,6 +125,8 @@ class CLIPTokenizer:
             if len(pair) != 2: raise ValueError(f"merge {n}, {pair}, must be a pair of two tokens")
             if lacking := [token for token in (*pair, "".join(pair)) if token not in self.vocab]:
                 raise ValueError(f"vocabulary and merges do not belong together: merge {n}, {pair}, needs the token {lacking[0]!r}, which the vocabulary lacks")
+        if strange := set("".join(self.vocab)) - BYTES.keys():
+            raise ValueError(f"the vocabulary is not CLIP's kind: it has letters that stand for no byte, such as {min(strange)!r}")
         self.tokens = {id: token for token, id in self.vocab.items()}
         if len(self.tokens) < len(self.vocab): raise ValueError("the vocabulary gives the same id to two tokens")
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (self.vocab[token] for token in (BEGIN, END, pad_token))
@@ -157,7 +159,7 @@ class CLIPTokenizer:
         "Turn `text` into ids, between those of the begin and the end token."
         return [self.bos_token_id, *(self.vocab.get(token, self.eos_token_id) for token in self.tokenize(text)), self.eos_token_id]
 
-# %% ../nbs/08_tokenizer.ipynb #169b74ab
+# %% ../nbs/08_tokenizer.ipynb #e132cfb8
 @patch(cls_method=True)
 def train(
     cls: CLIPTokenizer,
@@ -177,7 +179,7 @@ def train(
     tokens = dict.fromkeys([*letters, *map("".join, merges), BEGIN, END])
     return cls({token: id for id, token in enumerate(tokens)}, merges, model_max_length)
 
-# %% ../nbs/08_tokenizer.ipynb #f1a6543b
+# %% ../nbs/08_tokenizer.ipynb #3a403ee3
 @patch
 def __call__(
     self: CLIPTokenizer,
@@ -192,7 +194,7 @@ def __call__(
     rows = [self.encode(text)[:-1][:length - 1] + [self.eos_token_id] for text in texts]
     return torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows])      # (B, length)
 
-# %% ../nbs/08_tokenizer.ipynb #531087fe
+# %% ../nbs/08_tokenizer.ipynb #2fca879b
 @patch
 def decode(
     self: CLIPTokenizer,
@@ -205,7 +207,7 @@ def decode(
     letters = "".join(self.tokens[id] for id in ids if id not in (self.bos_token_id, self.eos_token_id, self.pad_token_id))
     return bytes(BYTES[letter] for letter in letters).decode("utf-8", errors="replace").replace("</w>", " ").strip()
 
-# %% ../nbs/08_tokenizer.ipynb #5c22d718
+# %% ../nbs/08_tokenizer.ipynb #31e89cb0
 @patch
 def truncated(
     self: CLIPTokenizer,
@@ -218,7 +220,7 @@ def truncated(
         if room < 0: return self.decode([self.vocab.get(token, self.eos_token_id) for tokens in words[n:] for token in tokens])
     return ""
 
-# %% ../nbs/08_tokenizer.ipynb #d5c9611e
+# %% ../nbs/08_tokenizer.ipynb #c11f41dc
 def read_json(
     path: Path,  # a JSON file
 ) -> dict:       # the object in it
@@ -228,7 +230,7 @@ def read_json(
     if not isinstance(content, dict): raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
 
-# %% ../nbs/08_tokenizer.ipynb #05a73f46
+# %% ../nbs/08_tokenizer.ipynb #02ddd932
 def read_vocabulary(
     folder: Path,                                          # holds vocab.json and merges.txt, or tokenizer.json
 ) -> tuple[dict[str, int], list[tuple[str, str]], dict]:   # vocabulary, merges, tokens added beside them
@@ -249,11 +251,11 @@ def read_vocabulary(
             raise ValueError(f"{source} is not CLIP's kind of tokenizer: byte-pair encoding with the end of a word marked </w>")
         vocab, merges = model.get("vocab"), [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
     else: raise FileNotFoundError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
-    if not isinstance(vocab, dict) or not all(type(id) is int for id in vocab.values()):
-        raise ValueError(f"{source}: the vocabulary must give each token a whole number")
+    if not isinstance(vocab, dict) or not all(type(id) is int and id >= 0 for id in vocab.values()):
+        raise ValueError(f"{source}: the vocabulary must give each token a whole number, 0 or more")
     return vocab, merges, added
 
-# %% ../nbs/08_tokenizer.ipynb #7953ee8f
+# %% ../nbs/08_tokenizer.ipynb #dff584ad
 @patch(cls_method=True)
 def from_pretrained(
     cls: CLIPTokenizer,
@@ -271,7 +273,7 @@ def from_pretrained(
     if type(length) is not int or length < 2: raise ValueError(f"{folder}: model_max_length must be a whole number of at least 2, not {length!r}")
     return cls(vocab, merges, length if length < 10**6 else 77, pad.get("content") if isinstance(pad, dict) else str(pad))
 
-# %% ../nbs/08_tokenizer.ipynb #436793d0
+# %% ../nbs/08_tokenizer.ipynb #79100a48
 @patch
 def save_pretrained(
     self: CLIPTokenizer,

@@ -58,7 +58,7 @@ def run(path: Path, save: bool = False, timeout: int = 900) -> int:
         "IN_TEST": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
-    client = NotebookClient(nb, kernel_name="python3", timeout=timeout, resources={"metadata": {"path": str(path.parent)}},
+    client = NotebookClient(nb, kernel_name="python3", timeout=timeout, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}},
                             store_widget_state=False, record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=ERROR"])
     client.execute(env=env)
     ran = client.code_cells_executed

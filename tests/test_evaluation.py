@@ -95,7 +95,7 @@ def test_scenes_are_read_in_canonical_order(classifier):
     for relation in RELATIONS:
         scene = Scene((red, blue), relation, "white")
         (read,) = classifier.read(draw_all([scene]))
-        assert read == (scene if relation in ("above", "left of") else scene.turned)
+        assert read == (scene if relation in ("above", "left of") else scene.turned())
 
 
 def test_reading_depends_on_no_other_picture(classifier):
@@ -237,7 +237,7 @@ def test_pictures_of_other_prompts_are_wrong(readable):
 
 def test_both_captions_of_a_picture_count(readable):
     two = [p for p in readable if parse_caption(p).relation]
-    turned = [parse_caption(p).turned.caption for p in two]
+    turned = [parse_caption(p).turned().caption for p in two]
     assert len(two) > 20 and not set(two) & set(turned)
     pictures = torch.stack([readable[p] for p in two])
     for prompts in two, turned: assert prompt_accuracy(lambda some: pictures, prompts, batch=1000) == 1

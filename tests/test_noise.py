@@ -208,6 +208,11 @@ def test_refused(option, published, tmp_path):
     assert "scheduler_config.json" in message and repr(value) in message and "\n" not in message
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_clipping_is_on_unless_the_file_says_otherwise(name):
+    with pytest.raises(ValueError, match="clip_sample=True"): NoiseSchedule.from_config(dict(_class_name=name, beta_schedule="linear"))
+
+
 def test_unknown_option_of_ddim_is_refused_unless_it_is_off():
     with pytest.raises(ValueError, match="new_trick=3"): NoiseSchedule.from_config({**SD21, "new_trick": 3})
     assert NoiseSchedule.from_config({**SD21, "new_trick": False}).config == NoiseSchedule.from_config(SD21).config

@@ -143,7 +143,7 @@ def by_formula(schedule, output, x, t, t_next, eta, z):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.4])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("to_one", [False, True])
@@ -245,7 +245,7 @@ def test_mixture_noise_is_the_score():
 def test_noise_becomes_the_mixture(eta, spacing):
     schedule = NoiseSchedule(timestep_spacing=spacing)
     exact = lambda x, t: mixture_noise(x, t, MEANS, STD, WEIGHTS, schedule)
-    points = ddim(exact, torch.randn(4000, 2, generator=seeded(11)), sampling_steps(schedule, 400 if eta else 100), seeded(12), schedule=schedule, eta=eta)
+    points = ddim(exact, torch.randn(2000, 2, generator=seeded(11)), sampling_steps(schedule, 300 if eta else 100), seeded(12), schedule=schedule, eta=eta)
     nearest = torch.cdist(points, MEANS).argmin(1)
-    assert (torch.bincount(nearest, minlength=3) / 4000 - WEIGHTS).abs().max() < 0.03
+    assert (torch.bincount(nearest, minlength=3) / 2000 - WEIGHTS).abs().max() < 0.04
     assert (points - MEANS[nearest]).square().mean().sqrt() == pytest.approx(STD, abs=0.02)

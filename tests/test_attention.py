@@ -1,0 +1,118 @@
+"Attention and the transformer block: against PyTorch's own modules, what the mask hides, bad input."
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+from transformers.activations import ACT2FN
+
+from sd_scratch.attention import ACTIVATIONS, CLIPAttention, CLIPEncoderLayer, Transformer
+
+OPTIONS = dict(hidden_size=24, num_attention_heads=3, intermediate_size=40, hidden_act="gelu", layer_norm_eps=1e-3, num_hidden_layers=2)
+
+
+def options(**changes): return SimpleNamespace(**OPTIONS | changes)
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and theirs.isfinite().all()
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+@torch.no_grad()
+def randomised(module, seed=0):
+    "Give every parameter a value that no initialisation gives it."
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters(): p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def sequence(seed=0, batch=3, length=7, width=24): return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden(length): return torch.ones(length, length, dtype=torch.bool).triu(1)        # True where PyTorch's modules shall not look
+
+
+def same_weights(ours, theirs):
+    "Copy the weights of a CLIPAttention to a nn.MultiheadAttention, which keeps three matrices in one."
+    for part in "weight", "bias":
+        getattr(theirs, f"in_proj_{part}").copy_(torch.cat([getattr(getattr(ours, f"{name}_proj"), part) for name in "qkv"]))
+        getattr(theirs.out_proj, part).copy_(getattr(ours.out_proj, part))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 3, 8])
+@torch.no_grad()
+def test_attention_is_pytorchs(heads, causal):
+    ours, theirs, x = randomised(CLIPAttention(24, heads, causal)), nn.MultiheadAttention(24, heads, batch_first=True), sequence()
+    same_weights(ours, theirs)
+    close(ours(x), theirs(x, x, x, attn_mask=hidden(7) if causal else None, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+@torch.no_grad()
+def test_block_is_pytorchs(act, causal):
+    ours, x = randomised(CLIPEncoderLayer(options(hidden_act=act), causal)), sequence()
+    theirs = nn.TransformerEncoderLayer(24, 3, 40, dropout=0, activation=ACT2FN[act], layer_norm_eps=1e-3, batch_first=True, norm_first=True)
+    same_weights(ours.self_attn, theirs.self_attn)
+    for mine, its in (ours.layer_norm1, theirs.norm1), (ours.layer_norm2, theirs.norm2), (ours.mlp.fc1, theirs.linear1), (ours.mlp.fc2, theirs.linear2):
+        its.load_state_dict(mine.state_dict())
+    close(ours(x), theirs(x, src_mask=hidden(7) if causal else None))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_who_hears_whom(causal):
+    "The gradient of a position's result says which positions it depends on."
+    model = randomised(Transformer(options(), causal))
+    for i in range(7):
+        x = sequence(batch=1).requires_grad_()
+        model(x)[0, i].sum().backward()
+        heard = (x.grad[0] != 0).any(-1)
+        assert heard.tolist() == ([j <= i for j in range(7)] if causal else [True] * 7)
+
+
+@torch.no_grad()
+def test_without_mask_and_positions_order_means_nothing():
+    model, x, order = randomised(Transformer(options())), sequence(), torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    close(model(x[:, order]), model(x)[:, order])
+
+
+@torch.no_grad()
+def test_sequences_of_a_batch_do_not_mix():
+    model, x = randomised(Transformer(options(), causal=True)), sequence()
+    for i in range(3): close(model(x[i:i + 1]), model(x)[i:i + 1])
+
+
+@torch.no_grad()
+def test_layers_follow_each_other():
+    model, x = randomised(Transformer(options())), sequence()
+    close(model(x), model.layers[1](model.layers[0](x)))
+    assert len(Transformer(options(num_hidden_layers=5)).layers) == 5
+    assert torch.equal(Transformer(options(num_hidden_layers=0))(x), x)
+
+
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+def test_activations_are_transformers(act):
+    x = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+    torch.testing.assert_close(ACTIVATIONS[act](x), ACT2FN[act](x), rtol=0, atol=1e-12)
+
+
+def test_activations_differ():
+    x = torch.linspace(-3, 3, 100)
+    assert (ACTIVATIONS["gelu"](x) - ACTIVATIONS["quick_gelu"](x)).abs().max() > 0.01
+
+
+def test_parameter_names():
+    linear = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    expected = {f"layers.{i}.{n}.{p}" for i in range(2) for n in linear + ["layer_norm1", "layer_norm2"] for p in ("weight", "bias")}
+    assert set(Transformer(options()).state_dict()) == expected
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="hidden_act='relu' is unknown; there are quick_gelu, gelu"): Transformer(options(hidden_act="relu"))
+
+
+@pytest.mark.parametrize("heads", [0, 5, 48])
+def test_heads_that_do_not_divide_the_width(heads):
+    with pytest.raises(ValueError, match=f"hidden_size=24 .*num_attention_heads={heads}"): Transformer(options(num_attention_heads=heads))

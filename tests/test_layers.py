@@ -1,0 +1,291 @@
+"The layers: each against torch's or diffusers' own; a network's folder in both directions; bad input."
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from diffusers.models.attention_processor import Attention as TheirAttention
+from diffusers.models.downsampling import Downsample2D as TheirDownsample2D
+from diffusers.models.resnet import ResnetBlock2D as TheirResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D as TheirUpsample2D
+from safetensors.torch import load_file, save_file
+
+import sd_scratch.layers
+from sd_scratch.layers import (Attention, ConfigModel, Downsample2D, PictureAttention, ResnetBlock2D, Stage, Upsample2D, attend, read_json,
+                               read_weights)
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert torch.isfinite(theirs).all()
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+def randomised(model):
+    "Move every parameter away from what it starts as: a norm whose weight is 1 hides a norm that has none."
+    for p in model.parameters(): p.data += 0.1 * torch.randn_like(p)
+    return model.eval().requires_grad_(False)
+
+
+def like(ours, theirs):
+    "Give our layer the weights of theirs, under the same names."
+    ours.load_state_dict(theirs.state_dict())
+    return ours.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("scale", [1, 0.03])                      # where the variance is small, the norm's ε is seen
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("time_channels", [None, 12])
+@pytest.mark.parametrize("widths", [(16, 16), (16, 24)])
+def test_resnet_block(widths, time_channels, eps, scale):
+    theirs = randomised(TheirResnetBlock2D(in_channels=widths[0], out_channels=widths[1], temb_channels=time_channels, groups=8, eps=eps))
+    ours = like(ResnetBlock2D(*widths, time_channels, 8, eps), theirs)
+    x, time = scale * torch.randn(2, widths[0], 5, 6), torch.randn(2, 12) if time_channels else None
+    close(ours(x, time), theirs(x, time))
+
+
+def test_resnet_block_defaults_are_the_autoencoders():
+    theirs = randomised(TheirResnetBlock2D(in_channels=32, out_channels=64, temb_channels=None))
+    x = 0.01 * torch.randn(1, 32, 4, 4)
+    close(like(ResnetBlock2D(32, 64), theirs)(x), theirs(x, None))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 9)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_downsample(asymmetric, size):
+    theirs = randomised(TheirDownsample2D(6, use_conv=True, padding=0 if asymmetric else 1, name="op"))
+    ours = Downsample2D(6, asymmetric)
+    like(ours.conv, theirs.conv)
+    x = torch.randn(2, 6, *size)
+    close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("size", [None, (7, 10)])
+def test_upsample(size):
+    theirs = randomised(TheirUpsample2D(6, use_conv=True))
+    ours, x = like(Upsample2D(6), theirs), torch.randn(2, 6, 4, 5)
+    y = ours(x, size)
+    assert y.shape[-2:] == (size or (8, 10))
+    close(y, theirs(x, size))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attend_is_torchs_attention(heads, causal):
+    theirs = randomised(nn.MultiheadAttention(12, heads, batch_first=True))
+    q, k, v = (torch.randn(2, length, 12) for length in (5, 5 if causal else 7, 5 if causal else 7))
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
+    projected = [x @ w.T + b for x, w, b in zip((q, k, v), theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3))]
+    close(theirs.out_proj(attend(*projected, heads, causal)), theirs(q, k, v, attn_mask=mask)[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("context_width", [None, 10])
+def test_attention(context_width, bias):
+    theirs = randomised(TheirAttention(12, context_width, heads=3, dim_head=4, bias=bias))
+    ours = like(Attention(12, context_width, 3, bias), theirs)
+    x, context = torch.randn(2, 5, 12), torch.randn(2, 7, context_width) if context_width else None
+    close(ours(x, context), theirs(x, context))
+
+
+@pytest.mark.parametrize("scale", [1, 0.03])
+def test_picture_attention(scale):
+    theirs = randomised(TheirAttention(16, heads=1, dim_head=16, bias=True, norm_num_groups=4, eps=1e-6, residual_connection=True, _from_deprecated_attn_block=True))
+    ours, x = like(PictureAttention(16, bias=True, groups=4), theirs), scale * torch.randn(2, 16, 4, 5)
+    close(ours(x), theirs(x))
+    close(ours(x, torch.randn(2, 3, 9)), theirs(x))               # the text isn't for it
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_stage_on_the_way_down(last):
+    theirs = randomised(DownBlock2D(8, 16, 12, num_layers=2, resnet_eps=1e-5, resnet_groups=4, add_downsample=not last))
+    ours = like(Stage([ResnetBlock2D(8, 16, 12, 4, 1e-5), ResnetBlock2D(16, 16, 12, 4, 1e-5)], down=None if last else Downsample2D(16)), theirs)
+    x, time, kept = torch.randn(2, 8, 6, 7), torch.randn(2, 12), []
+    y, (theirs_y, theirs_kept) = ours(x, time, keep=kept), theirs(x, time)
+    close(y, theirs_y)
+    assert len(kept) == len(theirs_kept) == (2 if last else 3)
+    for a, b in zip(kept, theirs_kept): close(a, b)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_stage_on_the_way_up(last):
+    theirs = randomised(UpBlock2D(in_channels=8, prev_output_channel=20, out_channels=16, temb_channels=12, num_layers=2, resnet_eps=1e-5, resnet_groups=4, add_upsample=not last))
+    ours = like(Stage([ResnetBlock2D(20 + 16, 16, 12, 4, 1e-5), ResnetBlock2D(16 + 8, 16, 12, 4, 1e-5)], up=None if last else Upsample2D(16)), theirs)
+    x, time, skips = torch.randn(2, 20, 3, 4), torch.randn(2, 12), (torch.randn(2, 8, 3, 4), torch.randn(2, 16, 3, 4))
+    below = [] if last else [torch.randn(2, 8, 6, 7)]             # what waits for the next stage says how large to get
+    mine = [*below, *skips]
+    y = ours(x, time, skips=mine)
+    close(y, theirs(x, skips, time, upsample_size=None if last else (6, 7)))
+    assert len(mine) == len(below)
+
+
+def test_stage_adds_no_names_for_what_it_lacks():
+    names = list(Stage([ResnetBlock2D(8, 8, groups=4)]).state_dict())
+    assert len(names) == 8 and all(name.startswith("resnets.0.") for name in names)
+
+
+def write(path, content): path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+class Intruder:
+    "What unpickling runs."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content, error, message", [
+    (None, FileNotFoundError, r"c\.json is missing"),
+    ("", ValueError, r"c\.json is not JSON: "),
+    ('{"a": 1', ValueError, r"c\.json is not JSON: .*line 1"),
+    (b"\xff\xfe", ValueError, r"c\.json is not JSON: "),
+    ("[1]", ValueError, r"c\.json must hold a JSON object, not a list"),
+    ("null", ValueError, r"c\.json must hold a JSON object, not a NoneType"),
+    ('"a"', ValueError, r"c\.json must hold a JSON object, not a str")])
+def test_read_json_refuses(content, error, message, tmp_path):
+    if content is not None: write(tmp_path / "c.json", content)
+    with pytest.raises(error, match=message): read_json(tmp_path / "c.json")
+
+
+def test_read_json(tmp_path):
+    write(tmp_path / "c.json", '{"größe": [1, null]}')
+    assert read_json(str(tmp_path / "c.json")) == {"größe": [1, None]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_read_weights_gives_float32(dtype, tmp_path):
+    save_file(dict(w=torch.tensor([1, 2], dtype=dtype)), tmp_path / "w.safetensors")
+    given = read_weights(str(tmp_path / "w.safetensors"))["w"]
+    assert given.dtype == torch.float32 and given.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w.ckpt", "w.pt", "w.pth", "w.pkl"])
+def test_pickled_weights_are_named_and_stay_closed(name, tmp_path):
+    write(tmp_path / name, pickle.dumps(Intruder(tmp_path / "intruder")))
+    with pytest.raises(FileNotFoundError, match=rf"w\.safetensors is missing \({name} is pickled .* convert it to safetensors\)"): read_weights(tmp_path / "w.safetensors")
+    assert not (tmp_path / "intruder").exists()
+    pickle.loads((tmp_path / name).read_bytes())                  # the file does what it is feared for
+    assert (tmp_path / "intruder").exists()
+
+
+def test_missing_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"w\.safetensors is missing$"): read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"", lambda b: b"\x80\x04" + b, lambda b: pickle.dumps([1])])
+def test_damaged_weights(damage, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(dict(w=torch.arange(12.)), path)
+    write(path, damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged or cut off .*; copy it again"): read_weights(path)
+
+
+class Net(ConfigModel):
+    defaults = dict(width=4, depth=1)
+    only = dict(act_fn="silu", use_bias=True, dropout_kind=0)
+    ignored = ("remark", "model_type")
+    renames = ((r"^net\.", ""), (r"^layer\.", "linear."), (r"^position_ids$", ""))
+    prefix = "net."
+    about = dict(model_type="net")
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.linear, self.conv = nn.Linear(self.options.width, 2), nn.Conv2d(2, 3, 3)
+
+
+def test_options():
+    assert Net().config == dict(width=4, depth=1)
+    given = dict(width=6, act_fn="silu", use_bias=True, dropout_kind=0.0, remark="x", _class_name="Net", other=False, another=None, more=[], less=0)
+    assert Net(**given).config == dict(width=6, depth=1)
+    assert Net(width=6).options.width == 6
+    Net(width=6)
+    assert Net.defaults == dict(width=4, depth=1)                 # one network's options are not the next one's
+
+
+@pytest.mark.parametrize("option, message", [
+    (dict(act_fn="relu"), r"Net: act_fn='relu' is not implemented, only 'silu'"),
+    (dict(use_bias=False), r"Net: use_bias=False is not implemented, only True"),      # off is a choice too
+    (dict(use_bias=None), r"Net: use_bias=None is not implemented, only True"),
+    (dict(dropout_kind=2), r"Net: dropout_kind=2 is not implemented, only 0"),
+    (dict(wdith=6), r"Net has no option wdith \(given 6\); it has width, depth")])
+def test_options_not_implemented(option, message):
+    with pytest.raises(ValueError, match=message): Net(**option)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    net = randomised(Net(width=6))
+    net.save_pretrained(tmp_path / "deep" / "net")
+    return net, tmp_path / "deep" / "net"
+
+
+def same(a, b, **tolerance):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a: torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)))
+
+
+def test_round_trip(saved):
+    net, folder = saved
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", Net.weights_name]
+    assert json.loads((folder / "config.json").read_text()) == dict(_class_name="Net", model_type="net", width=6, depth=1)
+    assert sorted(load_file(folder / Net.weights_name)) == ["net.conv.bias", "net.conv.weight", "net.linear.bias", "net.linear.weight"]
+    again = Net.from_pretrained(str(folder))
+    same(again, net)
+    assert not again.training and again.config == net.config
+
+
+def test_channels_last_network_is_saved(saved):
+    net, folder = saved
+    net.to(memory_format=torch.channels_last).save_pretrained(folder)
+    same(Net.from_pretrained(folder), net)
+
+
+def test_float16_on_disk_float32_in_memory(saved):
+    net, folder = saved
+    size = (folder / Net.weights_name).stat().st_size
+    net.save_pretrained(folder, torch.float16)
+    assert (folder / Net.weights_name).stat().st_size < size
+    assert {w.dtype for w in load_file(folder / Net.weights_name).values()} == {torch.float16}
+    assert {w.dtype for w in net.parameters()} == {torch.float32}
+    again = Net.from_pretrained(folder)
+    assert {w.dtype for w in again.parameters()} == {torch.float32}
+    same(again, net, rtol=1e-3, atol=1e-3)
+
+
+def test_older_names(saved):
+    net, folder = saved
+    weights = {k.replace("net.", "").replace("linear.", "layer."): w for k, w in load_file(folder / Net.weights_name).items()}
+    save_file(weights | dict(position_ids=torch.arange(3)), folder / Net.weights_name)
+    same(Net.from_pretrained(folder), net)
+
+
+def test_failed_saving_leaves_what_was_there(saved, monkeypatch):
+    net, folder = saved
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    def full(weights, path, metadata):
+        write(Path(path), b"half")
+        raise OSError("no space left")
+    monkeypatch.setattr(sd_scratch.layers, "save_file", full)
+    with pytest.raises(OSError, match="no space left"): Net(width=7).save_pretrained(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("linear.bias"), r"does not fit its config\.json: linear\.bias is missing$"),
+    (lambda w: w.update(odd=torch.ones(1)), r"does not fit its config\.json: odd is unknown$"),
+    (lambda w: w.update({"linear.weight": torch.ones(2, 5)}), r"linear\.weight has shape \(2, 5\), not \(2, 6\)$"),
+    (lambda w: (w.pop("linear.bias"), w.update(odd=torch.ones(1))), r"linear\.bias is missing \(and 1 more\)$")])
+def test_weights_that_do_not_fit(change, message, saved):
+    net, folder = saved
+    weights = {k.removeprefix("net."): w for k, w in load_file(folder / Net.weights_name).items()}
+    change(weights)
+    save_file(weights, folder / Net.weights_name)
+    with pytest.raises(ValueError, match=message): Net.from_pretrained(folder)
+

@@ -1,0 +1,282 @@
+"The whole pipeline against diffusers, checkpoints in both directions, training from end to end."
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from sd_scratch.data import emoji_captions
+from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, model_folder, painter, plan_for
+from sd_scratch.tokenizer import CLIPTokenizer
+
+PROMPTS = ["red heart", "a large red circle above a small blue square on a white background"]
+SD1 = dict(unet=dict(attention_head_dim=4), text=dict(hidden_act="quick_gelu"), schedule=dict(prediction_type="epsilon"))
+SD2 = dict(unet=dict(attention_head_dim=[2, 4], use_linear_projection=True, upcast_attention=True), text=dict(hidden_act="gelu", num_hidden_layers=3), schedule=dict(prediction_type="v_prediction"))
+
+
+def randomise(model):
+    "Move every parameter away from its fresh value: fresh norms and biases hide mistakes."
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def reference(folder, kind=SD1, length=20):
+    "A diffusers pipeline with random weights in Stable Diffusion's configuration, only narrower."
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.train(list(emoji_captions().values()) + PROMPTS, 900, length)
+    tokenizer.save_pretrained(folder / "words")
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=length, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id) | kind["text"]))
+    unet = diffusers.UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=2, cross_attention_dim=32, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **kind["unet"])
+    vae = diffusers.AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, **kind["schedule"])
+    pipe = diffusers.StableDiffusionPipeline(randomise(vae), randomise(text), transformers.CLIPTokenizer.from_pretrained(folder / "words"), randomise(unet), scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def arguments(**more):
+    "What both pipelines are called with."
+    return dict(negative_prompt=["blue", ""], num_inference_steps=4, guidance_scale=4.0, num_images_per_prompt=2, output_type="np",
+        latents=torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))) | more
+
+
+def same_pictures(ours, theirs, **more):
+    a, b = (pipe(PROMPTS, **arguments(**more)).images for pipe in (ours, theirs))
+    assert a.shape == b.shape
+    assert b.std() > 0.1                                                     # pictures, not one grey
+    assert abs(a - b).max() <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A folder that diffusers wrote, and the pipeline that wrote it."
+    folder = tmp_path_factory.mktemp("reference")
+    pipe = reference(folder)
+    pipe.save_pretrained(folder / "model")
+    return folder / "model", pipe
+
+
+@pytest.mark.parametrize("kind", [SD1, SD2], ids=["sd1", "sd2"])
+def test_draws_what_diffusers_draws(tmp_path, kind):
+    theirs = reference(tmp_path, kind)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = StableDiffusion.from_pretrained(tmp_path / "theirs")
+    same_pictures(ours, theirs)
+    ours.save_pretrained(tmp_path / "ours")
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours", safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    same_pictures(ours, again)
+
+
+def test_no_guidance_eta_and_sizes(saved):
+    folder, theirs = saved
+    ours = StableDiffusion.from_pretrained(folder)
+    same_pictures(ours, theirs, guidance_scale=1.0)
+    a, b = (pipe(PROMPTS, **arguments(eta=1.0, generator=torch.Generator().manual_seed(3))).images for pipe in (ours, theirs))
+    assert abs(a - b).max() <= 1e-4
+    a, b = (pipe(PROMPTS, height=24, width=16, **arguments(latents=None, generator=torch.Generator().manual_seed(3))).images for pipe in (ours, theirs))
+    assert a.shape == b.shape == (4, 24, 16, 3) and abs(a - b).max() <= 1e-4
+    four = lambda: [torch.Generator().manual_seed(i) for i in range(4)]
+    a, b = (pipe(PROMPTS, **arguments(latents=None, generator=four())).images for pipe in (ours, theirs))
+    assert abs(a - b).max() <= 1e-4
+    with pytest.raises(ValueError, match="generators"): ours(PROMPTS, **arguments(latents=None, generator=four()[:3]))
+
+
+def test_published_files(saved, tmp_path):
+    "The names of the published Stable Diffusion 1.x files: text_model. and position_ids, query/key/value/proj_attn, PNDM, extra parts."
+    source, theirs = saved
+    folder = tmp_path / "published"
+    shutil.copytree(source, folder)
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{k}": w for k, w in load_file(path).items()}
+    save_file(weights | {"text_model.embeddings.position_ids": torch.arange(20)[None]}, path)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for new, old in older.items(): weights = {k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): w for k, w in weights.items()}
+    assert any(".proj_attn." in k for k in weights)
+    save_file(weights, path)
+    CLIPTokenizer.from_pretrained(source / "tokenizer").save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | dict(_class_name="PNDMScheduler", skip_prk_steps=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text()) | dict(safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="PNDMScheduler"): ours = StableDiffusion.from_pretrained(folder)
+    same_pictures(ours, theirs)
+
+
+def test_half_precision_file(saved, tmp_path):
+    ours = StableDiffusion.from_pretrained(saved[0])
+    ours.save_pretrained(tmp_path / "half", torch.float16)
+    half = StableDiffusion.from_pretrained(tmp_path / "half")
+    assert next(half.unet.parameters()).dtype == torch.float32
+    assert load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
+    a, b = (pipe(PROMPTS, **arguments()).images for pipe in (ours, half))
+    assert 0 < abs(a - b).max() < 0.05
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "half", safety_checker=None, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    same_pictures(half, theirs)
+
+
+def test_what_comes_out(saved):
+    pipe = StableDiffusion.from_pretrained(saved[0])
+    draw = lambda **more: pipe("red heart", **dict(num_inference_steps=2, generator=torch.Generator().manual_seed(0)) | more).images
+    pictures = draw(num_images_per_prompt=3)
+    assert [(p.size, p.mode) for p in pictures] == [((16, 16), "RGB")] * 3
+    pt, arrays, latents = draw(output_type="pt"), draw(output_type="np"), draw(output_type="latent")
+    assert pt.shape == (1, 3, 16, 16) and arrays.shape == (1, 16, 16, 3) and latents.shape == (1, 4, 8, 8)
+    assert 0 <= pt.min() and pt.max() <= 1 and torch.equal(pt.permute(0, 2, 3, 1), torch.from_numpy(arrays))
+    assert torch.equal(draw(output_type="pt"), pt)                                                # same seed, same picture
+    assert not torch.equal(draw(output_type="pt", generator=torch.Generator().manual_seed(1)), pt)
+    assert not torch.equal(draw(output_type="pt", negative_prompt="blue"), pt)
+    assert len(pipe("", num_inference_steps=1).images) == 1                                       # an empty prompt is fine
+    assert pipe(["red heart", "blue"], negative_prompt=["a", "b"], num_inference_steps=1, output_type="latent").images.shape[0] == 2
+    assert painter(pipe, steps=1)(["red heart"] * 2).shape == (2, 3, 16, 16)
+
+
+def test_callback(saved):
+    pipe, seen = StableDiffusion.from_pretrained(saved[0]), []
+    def watch(self, step, t, given):
+        assert self is pipe
+        seen.append((step, int(t)))
+        return {"latents": torch.zeros_like(given["latents"])} if step == 2 else given
+    out = pipe("red heart", num_inference_steps=3, callback_on_step_end=watch, output_type="latent").images
+    assert seen == [(0, 667), (1, 334), (2, 1)] and out.abs().max() == 0
+
+
+def test_long_prompt_warns(saved):
+    pipe = StableDiffusion.from_pretrained(saved[0])
+    with pytest.warns(UserWarning, match="zebra"): pipe("red heart " * 20 + "zebra", num_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("red heart", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(prompt=[]), "prompt is a string"), (dict(prompt=[3]), "prompt is a string"), (dict(negative_prompt=["a", "b"]), "2 negative prompts for 1"),
+    (dict(height=15), "multiples of 2"), (dict(width=-16), "multiples of 2"), (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"), (dict(output_type="jpg"), "pil, np, pt, latent"),
+    (dict(num_inference_steps=0), "0 sampling steps"), (dict(guidance_scale=float("nan")), "guidance scale"), (dict(latents=torch.zeros(1, 4, 9, 9)), "latents have shape"), (dict(eta=2.0), "eta is 2"),
+], ids=str)
+def test_refuses(saved, more, message):
+    with pytest.raises(ValueError, match=message): StableDiffusion.from_pretrained(saved[0])(**dict(prompt="red heart") | more)
+
+
+def test_unknown_or_broken_models(saved, tmp_path):
+    with pytest.raises(ValueError, match="no model 'nope'"): model_folder("nope")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="model_index.json is missing"): StableDiffusion.from_pretrained(tmp_path / "empty")
+
+    def broken(change):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved[0], folder)
+        change(folder)
+        with pytest.raises((ValueError, OSError)) as error: StableDiffusion.from_pretrained(folder)
+        return str(error.value)
+
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert weights in broken(lambda f: (f / weights).unlink()).replace("\\", "/")
+    assert "damaged" in broken(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:-100]))
+    assert "pickled" in broken(lambda f: (f / weights).rename(f / "unet/diffusion_pytorch_model.bin"))
+    assert "shape" in broken(lambda f: save_file(load_file(f / weights) | {"conv_in.bias": torch.zeros(7)}, f / weights))
+    assert "config.json is missing" in broken(lambda f: (f / "vae/config.json").unlink())
+    assert "JSON" in broken(lambda f: (f / "vae/config.json").write_text("{"))
+    assert "StableDiffusionXLPipeline" in broken(lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}'))
+    assert "vocab.json" in broken(lambda f: shutil.rmtree(f / "tokenizer"))
+    assert "scheduler_config.json" in broken(lambda f: (f / "scheduler/scheduler_config.json").unlink())
+    def narrow(f): (f / "text_encoder/config.json").write_text(json.dumps(json.loads((f / "text_encoder/config.json").read_text()) | dict(hidden_size=16)))
+    assert "shape" in broken(narrow)
+
+
+SMALL = dict(
+    vae=WIDTHS["vae"] | dict(block_out_channels=[8, 8, 8], norm_num_groups=4), text=WIDTHS["text"] | dict(hidden_size=16, intermediate_size=32, projection_dim=16),
+    vision=WIDTHS["vision"] | dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, projection_dim=16), unet=WIDTHS["unet"] | dict(block_out_channels=[8, 16], norm_num_groups=4, cross_attention_dim=16))
+MINI = Plan(["shapes"], vae_steps=6, clip_steps=6, unet_steps=6, vae_batch=4, clip_batch=8, unet_batch=4, shapes=64, vocab_size=560, widths=SMALL)
+
+
+def parts(trainer):
+    "Train the three networks, and give all their weights."
+    vae = trainer.vae()
+    tokenizer, clip = trainer.clip()
+    from sd_scratch.noise import NoiseSchedule
+    unet = trainer.unet(vae, tokenizer, clip.text_model, NoiseSchedule(**trainer.plan.schedule))
+    return {f"{name}.{k}": w for name, model in (("vae", vae), ("clip", clip), ("unet", unet)) for k, w in model.state_dict().items()}
+
+
+def test_same_plan_same_weights(tmp_path):
+    said = []
+    runs = [parts(Trainer(MINI, tmp_path / name, "cpu", progress=False, say=said.append)) for name in "ab"]
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+    other = parts(Trainer(replace(MINI, seed=1), tmp_path / "c", "cpu", progress=False, say=said.append))
+    assert not any(torch.equal(runs[0][k], other[k]) for k in ("vae.encoder.conv_in.weight", "clip.text_projection.weight", "unet.conv_in.weight"))
+    assert sum("dB" in line for line in said) == 3
+    for name in ("reconstructions.png", "vae_losses.json"): assert (tmp_path / "a" / "training" / name).exists()
+
+
+def test_killed_training_goes_on(tmp_path):
+    "Killed again and again, the training ends with the very weights of one that was never disturbed."
+    undisturbed = parts(Trainer(MINI, tmp_path / "whole", "cpu", progress=False, say=print))
+    MINI.save(tmp_path / "plan.json")
+    program = f"""
+import sys, torch
+torch.set_num_threads(1)
+from sd_scratch import training
+from sd_scratch.pipeline import Plan, Trainer
+from sd_scratch.training import Fit
+step, left = Fit.step, int(sys.argv[1])
+def counted(self, loss):
+    global left
+    if left == 0: sys.stdout.write("kill me"); sys.stdout.flush(); import time; time.sleep(600)
+    left -= 1
+    value = step(self, loss)
+    self.save()
+    return value
+Fit.step = counted
+sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+from test_pipeline import parts
+parts(Trainer(Plan.load({str(tmp_path / "plan.json")!r}), {str(tmp_path / "killed")!r}, "cpu", progress=False, say=lambda line: None))
+"""
+    for steps in (4, 5):                                                                     # in the autoencoder, then in CLIP
+        child = subprocess.Popen([sys.executable, "-c", program, str(steps)], stdout=subprocess.PIPE)
+        assert child.stdout.read(7) == b"kill me"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert (tmp_path / "killed" / "vae").exists() and not (tmp_path / "killed" / "clip").exists()
+    assert not list((tmp_path / "killed").rglob("*.part*"))
+    resumed = parts(Trainer(MINI, tmp_path / "killed", "cpu", progress=False, say=print))
+    assert all(torch.equal(undisturbed[k], resumed[k]) for k in undisturbed)
+
+
+def test_run_leaves_a_whole_model(tmp_path):
+    said = []
+    trained = Trainer(MINI, tmp_path / "m", "cpu", progress=False, say=said.append).run()
+    assert sum(line.startswith("prompt accuracy") and "500" not in line for line in said) == 2
+    opened = StableDiffusion.from_pretrained(tmp_path / "m")
+    a, b = (pipe("red heart", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images for pipe in (trained, opened))
+    assert abs(a - b).max() == 0
+    assert not list((tmp_path / "m" / "training").glob("*.safetensors"))                      # checkpoints are gone, the plan stays
+    assert Plan.load(tmp_path / "m" / "training" / "plan.json") == MINI
+    with pytest.raises(ValueError, match="another plan"): Trainer(replace(MINI, seed=5), tmp_path / "m", "cpu")
+
+
+def test_plans(tmp_path):
+    with pytest.raises(ValueError, match="vae_steps must be more than 0"): replace(MINI, vae_steps=0)
+    with pytest.raises(ValueError, match="needs data"): Plan([])
+    with pytest.raises(ValueError, match="data is of type list"): Plan("shapes")
+    (tmp_path / "p.json").write_text('{"data": ["shapes"], "stpes": 3}')
+    with pytest.raises(ValueError, match="is not a plan"): Plan.load(tmp_path / "p.json")
+    with pytest.raises(ValueError, match="minutes is 0"): plan_for(0, ["shapes"])
+    with pytest.raises(ValueError, match="no data set or folder 'cats'"): Trainer(replace(MINI, data=["cats"]), tmp_path / "x", "cpu")
