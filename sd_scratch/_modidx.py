@@ -258,7 +258,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'sd_scratch.tokenizer.learn_merges': ('tokenizer.html#learn_merges', 'sd_scratch/tokenizer.py'),
                                       'sd_scratch.tokenizer.merge_pair': ('tokenizer.html#merge_pair', 'sd_scratch/tokenizer.py'),
                                       'sd_scratch.tokenizer.merge_word': ('tokenizer.html#merge_word', 'sd_scratch/tokenizer.py'),
-                                      'sd_scratch.tokenizer.read_json': ('tokenizer.html#read_json', 'sd_scratch/tokenizer.py'),
                                       'sd_scratch.tokenizer.read_vocabulary': ('tokenizer.html#read_vocabulary', 'sd_scratch/tokenizer.py'),
                                       'sd_scratch.tokenizer.spell': ('tokenizer.html#spell', 'sd_scratch/tokenizer.py'),
                                       'sd_scratch.tokenizer.split_words': ('tokenizer.html#split_words', 'sd_scratch/tokenizer.py')},

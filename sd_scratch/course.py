@@ -19,8 +19,6 @@ import matplotlib
 import numpy as np
 import torch
 from fastcore.xdg import xdg_cache_home
-from matplotlib import pyplot as plt
-from matplotlib.patches import FancyBboxPatch
 from PIL import Image, ImageDraw, ImageFont
 
 # %% ../nbs/00_start.ipynb #b4f3e192
@@ -41,6 +39,8 @@ def show_map(
     mode=None,  # "drawing", "training"; None: drawing, or training for a part that only training has
 ):              # matplotlib figure
     "Draw the map of Stable Diffusion with one part lit."
+    from matplotlib import pyplot as plt                      # takes seconds to import, and only figures need it
+    from matplotlib.patches import FancyBboxPatch
     mode = mode or next((m for m in _MODES if part is None or part in _MODES[m]["boxes"]), "drawing")
     if mode not in _MODES: raise ValueError(f"there is no map of {mode!r}; the modes are {', '.join(_MODES)}")
     boxes, arrows = _MODES[mode].values()

@@ -20,7 +20,6 @@ from zlib import crc32
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torchvision.datasets import FashionMNIST
 
 from .course import data_folder, emoji_font, to_tensor
 
@@ -73,6 +72,7 @@ def fashion_mnist(
 ) -> CaptionedPictures:  # pictures uint8 (N, 1, 32, 32)
     "Load Fashion-MNIST's photographs of clothes, downloaded at the first call."
     _check_split("fashion_mnist", split, ("train", "test"))
+    from torchvision.datasets import FashionMNIST     # takes seconds to import, and drawing needs none of it
     root = data_folder()
     try: data = FashionMNIST(root, train=split == "train", download=True)
     except Exception as error:

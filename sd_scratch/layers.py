@@ -6,7 +6,7 @@
 __all__ = ['ResnetBlock2D', 'Downsample2D', 'Upsample2D', 'attend', 'Attention', 'PictureAttention', 'Stage', 'read_json',
            'read_weights', 'ConfigModel']
 
-# %% ../nbs/05_convolutions.ipynb #beba0455
+# %% ../nbs/05_convolutions.ipynb #74bbc0c8
 import json
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from .course import whole_file
 
-# %% ../nbs/05_convolutions.ipynb #4694641f
+# %% ../nbs/05_convolutions.ipynb #a61f0a80
 class ResnetBlock2D(nn.Module):
     "Add to a picture of features what two convolutions make of it (He et al. 2016, eq. 1; the time as in DDPM's appendix B)"
     def __init__(self,
@@ -47,7 +47,7 @@ class ResnetBlock2D(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
-# %% ../nbs/05_convolutions.ipynb #33d8679e
+# %% ../nbs/05_convolutions.ipynb #57a5047a
 class Downsample2D(nn.Module):
     "Halve height and width with a strided 3×3 convolution"
     def __init__(self,
@@ -60,7 +60,7 @@ class Downsample2D(nn.Module):
 
     def forward(self, x): return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)  # (B, C, H, W) -> (B, C, H/2, W/2)
 
-# %% ../nbs/05_convolutions.ipynb #10a26c79
+# %% ../nbs/05_convolutions.ipynb #4f0b6842
 class Upsample2D(nn.Module):
     "Repeat every pixel twice in both directions, then smooth with a 3×3 convolution"
     def __init__(self, channels):
@@ -72,7 +72,7 @@ class Upsample2D(nn.Module):
         size=None,  # height and width to reach; None: twice those of x
     ): return self.conv(F.interpolate(x, size=size or [2 * s for s in x.shape[-2:]], mode="nearest"))
 
-# %% ../nbs/05_convolutions.ipynb #2667863b
+# %% ../nbs/05_convolutions.ipynb #35f8ed60
 def attend(
     q,             # (B, L, heads * D) queries
     k,             # (B, M, heads * D) keys
@@ -84,7 +84,7 @@ def attend(
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, L, heads * D) -> (B, heads, L, D)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
-# %% ../nbs/05_convolutions.ipynb #faab7f0a
+# %% ../nbs/05_convolutions.ipynb #14743a8e
 class Attention(nn.Module):
     "Let every position look at all positions of `context`, or of itself"
     def __init__(self,
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
-# %% ../nbs/05_convolutions.ipynb #8e9e1824
+# %% ../nbs/05_convolutions.ipynb #8d0e6560
 class PictureAttention(Attention):
     "Let every place of a picture look at all places, and add what it sees"
     def forward(self,
@@ -119,7 +119,7 @@ class PictureAttention(Attention):
         places = self.group_norm(x).flatten(2).transpose(1, 2)                    # (B, C, H, W) -> (B, H*W, C)
         return x + super().forward(places).transpose(1, 2).unflatten(2, x.shape[-2:])
 
-# %% ../nbs/05_convolutions.ipynb #df82ffc5
+# %% ../nbs/05_convolutions.ipynb #a3edda67
 class Stage(nn.Module):
     "Hold what works at one resolution: residual blocks, the attention after each, and the way down or up"
     def __init__(self,
@@ -149,7 +149,7 @@ class Stage(nn.Module):
         for up in self.upsamplers: x = up(x, skips[-1].shape[-2:] if skips else None)
         return x
 
-# %% ../nbs/05_convolutions.ipynb #f85df208
+# %% ../nbs/05_convolutions.ipynb #6b73a2e4
 def read_json(
     path,  # a JSON file
 ):         # dict: the object it holds
@@ -161,7 +161,7 @@ def read_json(
     if not isinstance(content, dict): raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
 
-# %% ../nbs/05_convolutions.ipynb #eae872a6
+# %% ../nbs/05_convolutions.ipynb #921b343f
 def read_weights(
     path,  # a .safetensors file
 ):         # dict of float32 tensors
@@ -174,7 +174,7 @@ def read_weights(
     try: return {name: w.float() for name, w in load_file(path).items()}
     except (SafetensorError, OSError) as error: raise ValueError(f"{path} is damaged or cut off ({error}); copy it again") from None
 
-# %% ../nbs/05_convolutions.ipynb #b8e77c8e
+# %% ../nbs/05_convolutions.ipynb #e3ccacb1
 class ConfigModel(nn.Module):
     "A network made from its configuration and kept in a folder, in the layout of diffusers and transformers"
     config_name, weights_name = "config.json", "diffusion_pytorch_model.safetensors"

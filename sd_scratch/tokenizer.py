@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'LETTERS', 'BYTES', 'WORD', 'byte_letters', 'clean', 'split_words', 'spell', 'merge_pair',
-           'learn_merges', 'merge_word', 'CLIPTokenizer', 'read_json', 'read_vocabulary']
+           'learn_merges', 'merge_word', 'CLIPTokenizer', 'read_vocabulary']
 
 # %% ../nbs/08_tokenizer.ipynb #0c7ff8e7
 import json
@@ -16,6 +16,9 @@ from pathlib import Path
 import regex
 import torch
 from fastcore.basics import patch
+
+from .course import whole_file
+from .layers import read_json
 
 # %% ../nbs/08_tokenizer.ipynb #531a0684
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -220,16 +223,6 @@ def truncated(
         if room < 0: return self.decode([self.vocab.get(token, self.eos_token_id) for tokens in words[n:] for token in tokens])
     return ""
 
-# %% ../nbs/08_tokenizer.ipynb #c11f41dc
-def read_json(
-    path: Path,  # a JSON file
-) -> dict:       # the object in it
-    "Read a JSON object."
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict): raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
 # %% ../nbs/08_tokenizer.ipynb #02ddd932
 def read_vocabulary(
     folder: Path,                                          # holds vocab.json and merges.txt, or tokenizer.json
@@ -281,10 +274,9 @@ def save_pretrained(
 ):
     "Write vocab.json, merges.txt and the two small files that transformers reads beside them."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     special = dict(bos_token=BEGIN, eos_token=END, unk_token=END, pad_token=self.pad_token)
     config = special | dict(model_max_length=self.model_max_length, do_lower_case=True, tokenizer_class="CLIPTokenizer")
     for name, content in dict(vocab=self.vocab, special_tokens_map=special, tokenizer_config=config).items():
-        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with whole_file(folder / f"{name}.json") as path: path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with whole_file(folder / "merges.txt") as path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")

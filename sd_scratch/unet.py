@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['time_features', 'GEGLU', 'BasicTransformerBlock', 'Transformer2DModel', 'UNet2DConditionModel']
 
-# %% ../nbs/12_unet.ipynb #264f7c15
+# %% ../nbs/12_unet.ipynb #f4f559d7
 import math
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .layers import Attention, ConfigModel, Downsample2D, ResnetBlock2D, Stage, Upsample2D
 
-# %% ../nbs/12_unet.ipynb #aea233d7
+# %% ../nbs/12_unet.ipynb #399ea727
 def time_features(
     t,      # (B,) time steps, 0 to 999
     width,  # how many features, an even number
@@ -24,7 +24,7 @@ def time_features(
     angles = t[:, None].float() * frequencies                # (B,) -> (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
-# %% ../nbs/12_unet.ipynb #30b41910
+# %% ../nbs/12_unet.ipynb #dbcb0be8
 class GEGLU(nn.Module):
     "Make two halves and let one open and shut the other (Shazeer 2020)"
     def __init__(self, width, hidden):
@@ -35,7 +35,7 @@ class GEGLU(nn.Module):
         value, gate = self.proj(x).chunk(2, -1)
         return value * F.gelu(gate)
 
-# %% ../nbs/12_unet.ipynb #f38cfab1
+# %% ../nbs/12_unet.ipynb #9c3fdc69
 class BasicTransformerBlock(nn.Module):
     "Look at the picture, look at the text, think: each added to what was there"
     def __init__(self,
@@ -54,7 +54,7 @@ class BasicTransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff.net(self.norm3(x))
 
-# %% ../nbs/12_unet.ipynb #b44e9edb
+# %% ../nbs/12_unet.ipynb #53c9e305
 class Transformer2DModel(nn.Module):
     "Let a picture of features pass through a transformer block, and add what comes out"
     def __init__(self,
@@ -79,7 +79,7 @@ class Transformer2DModel(nn.Module):
         for block in self.transformer_blocks: h = block(h, text)
         return x + (picture(self.proj_out(h)) if self.linear else self.proj_out(picture(h)))
 
-# %% ../nbs/12_unet.ipynb #f9171eb4
+# %% ../nbs/12_unet.ipynb #1a4c4d6e
 class UNet2DConditionModel(ConfigModel):
     "Stable Diffusion's noise predictor: a U of residual blocks that look at the text (Rombach et al. 2022, section 3.3)"
     defaults = dict(sample_size=None, in_channels=4, out_channels=4,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DiagonalGaussian', 'middle', 'Encoder', 'Decoder', 'AutoencoderKL', 'psnr', 'autoencoder_loss']
 
-# %% ../nbs/07_vae.ipynb #c1ebddb2
+# %% ../nbs/07_vae.ipynb #cb12b9d0
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .layers import ConfigModel, Downsample2D, PictureAttention, ResnetBlock2D, Stage, Upsample2D
 
-# %% ../nbs/07_vae.ipynb #4dbe8609
+# %% ../nbs/07_vae.ipynb #22b42288
 class DiagonalGaussian:
     "A normal distribution for every number of a latent, each independent of the others"
     def __init__(self,
@@ -32,7 +32,7 @@ class DiagonalGaussian:
         "Compute KL(N(μ, σ²) ‖ N(0, 1)), summed over the latent (Kingma & Welling 2014, appendix B)"
         return 0.5 * (self.mean ** 2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
-# %% ../nbs/07_vae.ipynb #8ec554b2
+# %% ../nbs/07_vae.ipynb #ae4a5baa
 def middle(
     width,   # channels
     groups,  # of the GroupNorms
@@ -40,7 +40,7 @@ def middle(
     "Make the middle of encoder and decoder: a residual block, attention, a residual block"
     return Stage([ResnetBlock2D(width, width, groups=groups) for _ in range(2)], [PictureAttention(width, bias=True, groups=groups)])
 
-# %% ../nbs/07_vae.ipynb #bb5f48c1
+# %% ../nbs/07_vae.ipynb #97324e6a
 class Encoder(nn.Module):
     "Turn a picture into the moments of its latent"
     def __init__(self,
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
         x = self.mid_block(x)                # (B, widths[-1], h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-# %% ../nbs/07_vae.ipynb #cfe80042
+# %% ../nbs/07_vae.ipynb #11cbd097
 class Decoder(nn.Module):
     "Turn a latent into a picture: the encoder backwards, with one residual block more a stage"
     def __init__(self,
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         for stage in self.up_blocks: x = stage(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-# %% ../nbs/07_vae.ipynb #6fa4babd
+# %% ../nbs/07_vae.ipynb #91877d7e
 class AutoencoderKL(ConfigModel):
     "Stable Diffusion's autoencoder: a picture in, the distribution of its latent out, and back (Rombach et al. 2022, section 3.1)"
     defaults = dict(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(64,),
@@ -121,7 +121,7 @@ class AutoencoderKL(ConfigModel):
         latent = self.encode(pictures)
         return self.decode(latent.sample(generator)), latent
 
-# %% ../nbs/07_vae.ipynb #69b9dd4c
+# %% ../nbs/07_vae.ipynb #bd525a3d
 def psnr(
     a,  # (B, ...) pictures in [-1, 1]
     b,  # the same, drawn again
@@ -129,7 +129,7 @@ def psnr(
     "Measure likeness: the peak signal's power over the mean squared error's, in decibels; 3 dB more is half the squared error"
     return 10 * torch.log10(4 / (a - b.clamp(-1, 1)).square().flatten(1).mean(1))
 
-# %% ../nbs/07_vae.ipynb #5067225f
+# %% ../nbs/07_vae.ipynb #1d249c94
 def autoencoder_loss(
     vae,              # `AutoencoderKL`
     pictures,         # (B, 3, H, W) in [-1, 1]

@@ -307,7 +307,7 @@ def test_missing_files(folder, tmp_path):
     ("vocab.json", b"\xff\xfe{", "vocab.json is not JSON"),
     ("merges.txt", "#version: 0.2\na b\na\n", r"merges.txt, line 3: 'a' is not a pair"),
     ("merges.txt", "#version: 0.2\na b c\n", r"merges.txt, line 2: 'a b c'"),
-    ("merges.txt", "#version: 0.2\na  b\n", r"merges.txt, line 2"),
+    ("merges.txt", "#version: 0.2\na \n", r"merges.txt, line 2: 'a ' is not a pair"),
     ("merges.txt", "#version: 0.2\nq zz\n", "do not belong together"),
     ("merges.txt", b"#version: 0.2\n\xff \xfe\n", "do not belong together"),
     ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
