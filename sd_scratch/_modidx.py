@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'sd_scratch.cli.generate': ('command_line.html#generate', 'sd_scratch/cli.py'),
                                 'sd_scratch.cli.main': ('command_line.html#main', 'sd_scratch/cli.py'),
                                 'sd_scratch.cli.picture_path': ('command_line.html#picture_path', 'sd_scratch/cli.py'),
+                                'sd_scratch.cli.program': ('command_line.html#program', 'sd_scratch/cli.py'),
                                 'sd_scratch.cli.slug': ('command_line.html#slug', 'sd_scratch/cli.py'),
                                 'sd_scratch.cli.train': ('command_line.html#train', 'sd_scratch/cli.py')},
             'sd_scratch.clip': { 'sd_scratch.clip.CLIPModel': ('clip.html#clipmodel', 'sd_scratch/clip.py'),

@@ -168,6 +168,9 @@ def test_what_a_file_leaves_out_has_the_default_of_the_class_it_names():
     theirs = PNDMScheduler(skip_prk_steps=True)
     with pytest.warns(UserWarning, match="PNDMScheduler"): ours = NoiseSchedule.from_config(dict(_class_name="PNDMScheduler", beta_schedule="linear"))
     assert ours.config == {name: theirs.config[name] for name in ours.config}
+    with pytest.warns(UserWarning, match="Euler"): ours = NoiseSchedule.from_config(dict(_class_name="EulerDiscreteScheduler", beta_schedule="linear"))
+    theirs = EulerDiscreteScheduler()
+    assert {name: ours.config[name] for name in theirs.config if name in ours.config} == {name: theirs.config[name] for name in ours.config if name in theirs.config}
     assert NoiseSchedule.from_config({}).config == NoiseSchedule().config                   # with no class named, they're our own arguments
 
 
