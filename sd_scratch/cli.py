@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Device', 'program', 'slug', 'picture_path', 'generate', 'train', 'findings', 'doctor', 'main']
 
-# %% ../nbs/23_command_line.ipynb #72d688f1
+# %% ../nbs/23_command_line.ipynb #7325e858
 import os
 import platform
 import re
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-# %% ../nbs/23_command_line.ipynb #d005dc63
+# %% ../nbs/23_command_line.ipynb #12454d4e
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.callback()
@@ -25,14 +25,14 @@ def program():
 
 Device = Annotated[str, typer.Option(help="cuda, mps or cpu; left out: the fastest there is")]
 
-# %% ../nbs/23_command_line.ipynb #e7e4d19d
+# %% ../nbs/23_command_line.ipynb #71d36fff
 def slug(
     prompt,  # any text
 ):           # letters, digits and dashes, at most 60
     "Make a file name of a prompt"
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
 
-# %% ../nbs/23_command_line.ipynb #4297a079
+# %% ../nbs/23_command_line.ipynb #1782f520
 def picture_path(
     out,     # what the user asked for; None: a new name made from the prompt
     prompt,  # text
@@ -49,7 +49,7 @@ def picture_path(
     if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)): raise PermissionError(f"{out} can't be written; name another file")
     return out
 
-# %% ../nbs/23_command_line.ipynb #13e57855
+# %% ../nbs/23_command_line.ipynb #3a22120c
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help='what to draw, for example "red heart"')],
@@ -79,7 +79,7 @@ def generate(
     with whole_file(path) as part: grid.save(part)
     typer.echo(f"{count} picture{'s' * (count > 1)} of {prompt!r} saved in {path.resolve()}")
 
-# %% ../nbs/23_command_line.ipynb #a60ca0a0
+# %% ../nbs/23_command_line.ipynb #0c445466
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="folder of the new model")],
@@ -111,7 +111,7 @@ def train(
     Trainer(plan, out, device, say=typer.echo).run()
     typer.echo(f'done. Draw with it: sd-scratch generate "..." --model {out}')
 
-# %% ../nbs/23_command_line.ipynb #3bd3c912
+# %% ../nbs/23_command_line.ipynb #5537e2a4
 def findings():  # yields (what, what was found or what to do)
     "Look at everything that drawing and training need"
     import torch
@@ -141,7 +141,7 @@ def doctor():
     "Look at what this machine has, and say how to get what is missing."
     for what, found in findings(): typer.echo(f"{what:14} {found}")
 
-# %% ../nbs/23_command_line.ipynb #fb3ca316
+# %% ../nbs/23_command_line.ipynb #b08bc3e2
 def main():
     "Run the program `sd-scratch`: what goes wrong is said in one line, with exit status 2"
     warnings.showwarning = lambda message, *_, **__: print(f"sd-scratch: warning: {message}", file=sys.stderr)

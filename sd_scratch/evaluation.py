@@ -6,7 +6,7 @@
 __all__ = ['ShapesClassifier', 'worn', 'train_shapes_classifier', 'save_shapes_classifier', 'load_shapes_classifier',
            'prompts_for', 'prompt_accuracy', 'prompt_report']
 
-# %% ../nbs/14_evaluation.ipynb #37f2de82
+# %% ../nbs/14_evaluation.ipynb #09fe54bd
 import random
 
 import numpy as np
@@ -20,7 +20,7 @@ from .course import weights_folder, whole_file
 from .data import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZES, Scene, Thing, draw_scene, parse_caption, random_scene
 from .layers import read_weights
 
-# %% ../nbs/14_evaluation.ipynb #a773ae90
+# %% ../nbs/14_evaluation.ipynb #539ba35b
 _THING = dict(size=SIZES, color=tuple(COLORS), shape=SHAPES)
 _HEADS = dict(layout=("one thing", "above", "left of", "neither"), background=tuple(BACKGROUNDS),
               **{f"{name} {slot}": words for slot in (1, 2) for name, words in _THING.items()})
@@ -63,7 +63,7 @@ def _scene(row):
     things = tuple(Thing(*(words[f"{name} {slot}"] for name in _THING)) for slot in ((1, 2) if relation else (1,)))
     return Scene(things, relation, words["background"])
 
-# %% ../nbs/14_evaluation.ipynb #d884455c
+# %% ../nbs/14_evaluation.ipynb #90fec437
 _SKIP = -100
 
 def _labels(scene):
@@ -82,7 +82,7 @@ def _drawn(count, seed):
         labels.append(_labels(scene))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
-# %% ../nbs/14_evaluation.ipynb #28125197
+# %% ../nbs/14_evaluation.ipynb #2ace1b87
 def _neither(pictures, labels, count, generator):
     "Make up to `count` pictures that are no scenes: three things, two ghosts, nothing at all."
     made = []
@@ -101,7 +101,7 @@ def _neither(pictures, labels, count, generator):
     wrong[:, 0] = _HEADS["layout"].index("neither")
     return made, wrong
 
-# %% ../nbs/14_evaluation.ipynb #6d0e7782
+# %% ../nbs/14_evaluation.ipynb #ad57a180
 def _blurred(x, sigma):
     line = torch.exp(-torch.arange(-2., 3.)**2/(2*sigma**2)).to(x)
     line = line/line.sum()
@@ -125,7 +125,7 @@ def worn(
     x = x + 0.1*amount(1, 1, 1)*F.interpolate(normal(len(x), 3, 8, 8), size=32, mode="bilinear")
     return (x*(1 - 0.08*amount(1, 1, 1)) + 0.06*(2*amount(3, 1, 1) - 1)).clamp(-1, 1)
 
-# %% ../nbs/14_evaluation.ipynb #95c8e8e4
+# %% ../nbs/14_evaluation.ipynb #48b0bb0f
 def train_shapes_classifier(
     steps=3000,      # training steps
     seed=0,          # of the pictures, the weights and the batches
@@ -156,7 +156,7 @@ def train_shapes_classifier(
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return classifier.eval()
 
-# %% ../nbs/14_evaluation.ipynb #e2b2aff8
+# %% ../nbs/14_evaluation.ipynb #21d9d040
 def _classifier_file(): return weights_folder()/"shapes_classifier.safetensors"
 
 def save_shapes_classifier(
@@ -176,7 +176,7 @@ def load_shapes_classifier(
     except RuntimeError as error: raise ValueError(f"{path} doesn't hold the weights of a ShapesClassifier ({str(error).splitlines()[-1].strip()})") from None
     return classifier.eval()
 
-# %% ../nbs/14_evaluation.ipynb #47fdb022
+# %% ../nbs/14_evaluation.ipynb #18c0108f
 def prompts_for(
     count,           # how many prompts
     held_out=False,  # True: each names a held-out combination; False: none does
@@ -187,7 +187,7 @@ def prompts_for(
     rng = random.Random(f"prompts {held_out} {things} {seed}")
     return [random_scene(rng, things, held_out).caption for _ in range(count)]
 
-# %% ../nbs/14_evaluation.ipynb #63ee8b3d
+# %% ../nbs/14_evaluation.ipynb #db2ba159
 def _wanted(prompt):
     scene = parse_caption(prompt).canonical()
     for thing in scene.things:
@@ -217,7 +217,7 @@ def prompt_accuracy(
     wanted, read = _drawn_and_read(draw, prompts, classifier, batch)
     return sum(a == b for a, b in zip(wanted, read, strict=True))/len(wanted)
 
-# %% ../nbs/14_evaluation.ipynb #7dfbc5e2
+# %% ../nbs/14_evaluation.ipynb #07b0bd14
 def _share(rights): return sum(rights)/len(rights) if rights else None
 
 def prompt_report(

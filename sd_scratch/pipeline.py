@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'PROMPTS', 'shipped_models', 'model_folder', 'StableDiffusion', 'Plan', 'painter', 'Trainer',
            'seconds_per_step', 'plan_for']
 
-# %% ../nbs/17_pipeline.ipynb #86fe49c3
+# %% ../nbs/17_pipeline.ipynb #f4179ff2
 import json
 import time
 import warnings
@@ -31,7 +31,7 @@ from .training import Fit, draw, join, step_generator
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL, autoencoder_loss, psnr
 
-# %% ../nbs/17_pipeline.ipynb #b057fc07
+# %% ../nbs/17_pipeline.ipynb #af4b327b
 def shipped_models():  # list of names
     "List the models that come with the package"
     return sorted(p.parent.name for p in weights_folder().glob("*/model_index.json"))
@@ -45,7 +45,7 @@ def model_folder(
     if Path(name).is_dir(): raise FileNotFoundError(f"{Path(name) / 'model_index.json'} is missing: {name} is not the folder of a model")
     raise ValueError(f"there is no model {str(name)!r}; there are {', '.join(shipped_models()) or 'none'}, and any folder that save_pretrained or diffusers wrote")
 
-# %% ../nbs/17_pipeline.ipynb #87eacc63
+# %% ../nbs/17_pipeline.ipynb #39dc67e3
 class StableDiffusion:
     "Text to pictures: tokenizer, text encoder, UNet, noise schedule and autoencoder together (Rombach et al. 2022)"
     def __init__(self,
@@ -59,7 +59,7 @@ class StableDiffusion:
         if unet.config["cross_attention_dim"] != text_encoder.config["hidden_size"]:
             raise ValueError(f"the UNet looks at vectors of width {unet.config['cross_attention_dim']}, the text encoder makes {text_encoder.config['hidden_size']}: they don't belong together")
 
-# %% ../nbs/17_pipeline.ipynb #e53b0374
+# %% ../nbs/17_pipeline.ipynb #b39c3460
 @patch(as_prop=True)
 def device(self:StableDiffusion): return next(self.unet.parameters()).device
 
@@ -71,7 +71,7 @@ def to(self:StableDiffusion,
     for network in (self.vae, self.text_encoder, self.unet): network.to(device)
     return self
 
-# %% ../nbs/17_pipeline.ipynb #939039ea
+# %% ../nbs/17_pipeline.ipynb #19d24492
 @patch(cls_method=True)
 def from_pretrained(cls:StableDiffusion,
     name,  # of a shipped model ("tiny"), or a folder that we or diffusers wrote
@@ -84,7 +84,7 @@ def from_pretrained(cls:StableDiffusion,
     return cls(AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder"),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"), UNet2DConditionModel.from_pretrained(folder / "unet"), NoiseSchedule.from_pretrained(folder / "scheduler"))
 
-# %% ../nbs/17_pipeline.ipynb #ba0439c5
+# %% ../nbs/17_pipeline.ipynb #e47dd837
 @patch
 def save_pretrained(self:StableDiffusion,
     folder,      # is made when it isn't there
@@ -100,7 +100,7 @@ def save_pretrained(self:StableDiffusion,
         unet=["diffusers", "UNet2DConditionModel"], vae=["diffusers", "AutoencoderKL"])
     with whole_file(folder / "model_index.json") as path: path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-# %% ../nbs/17_pipeline.ipynb #4274312e
+# %% ../nbs/17_pipeline.ipynb #e0f5a394
 @patch
 @torch.no_grad()
 def encode_prompts(self:StableDiffusion,
@@ -112,7 +112,7 @@ def encode_prompts(self:StableDiffusion,
         if cut := self.tokenizer.truncated(prompt): warnings.warn(f"the text encoder reads {length - 2} tokens; cut from the prompt: {cut!r}", stacklevel=3)
     return self.text_encoder(self.tokenizer(prompts, length).to(self.device))
 
-# %% ../nbs/17_pipeline.ipynb #daa31063
+# %% ../nbs/17_pipeline.ipynb #824c02a4
 @patch
 def _check(self:StableDiffusion, prompts, negatives, sides, factor, count, output_type):
     "Refuse what can't be drawn, before anything is computed."
@@ -122,7 +122,7 @@ def _check(self:StableDiffusion, prompts, negatives, sides, factor, count, outpu
     if count < 1: raise ValueError(f"num_images_per_prompt is {count}; it must be 1 or more")
     if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type is {output_type!r}; there are pil, np, pt, latent")
 
-# %% ../nbs/17_pipeline.ipynb #e09bd968
+# %% ../nbs/17_pipeline.ipynb #a59d2b93
 @patch
 @torch.no_grad()
 def __call__(self:StableDiffusion,
@@ -162,7 +162,7 @@ def __call__(self:StableDiffusion,
     x = (x / 2 + 0.5).cpu()
     return SimpleNamespace(images=x if output_type == "pt" else x.permute(0, 2, 3, 1).numpy())
 
-# %% ../nbs/17_pipeline.ipynb #2caa5d94
+# %% ../nbs/17_pipeline.ipynb #03221489
 WIDTHS = dict(
     vae=dict(block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, sample_size=32, down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3),
     text=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, projection_dim=96),
@@ -213,7 +213,7 @@ class Plan:
         "Write the plan"
         with whole_file(path) as part: part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
-# %% ../nbs/17_pipeline.ipynb #465df4a3
+# %% ../nbs/17_pipeline.ipynb #fbf19154
 def painter(
     pipe,      # `StableDiffusion`
     steps=25,  # of the sampler
@@ -224,7 +224,7 @@ def painter(
     generator = torch.Generator().manual_seed(seed)
     return lambda prompts: 2 * pipe(prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt").images - 1
 
-# %% ../nbs/17_pipeline.ipynb #bfb6a605
+# %% ../nbs/17_pipeline.ipynb #31569942
 PROMPTS = dict(
     emoji=["red heart", "yellow star", "grinning face", "green apple"],
     shapes=["a large red circle on a white background", "a small yellow star on a black background", "a large red circle above a small blue square on a white background",
@@ -249,7 +249,7 @@ class Trainer:
         self.tests = {name: data if len(data) else sets[name] for name, data in tests.items()}  # a small folder may have no test pictures
         self.prompts = [prompt for name, data in sets.items() for prompt in PROMPTS.get(name, data.captions[:4])]
 
-# %% ../nbs/17_pipeline.ipynb #7debd86d
+# %% ../nbs/17_pipeline.ipynb #45dfbf3a
 @patch
 def model(self:Trainer,
     network,  # a class
@@ -272,7 +272,7 @@ def fit(self:Trainer,
     losses = run.go(loss, f"{name:4}", progress=self.progress)
     with whole_file(self.notes / f"{name}_losses.json") as path: path.write_text(json.dumps([round(x, 5) for x in losses]), encoding="utf-8")
 
-# %% ../nbs/17_pipeline.ipynb #79f7ce5c
+# %% ../nbs/17_pipeline.ipynb #17a48184
 @patch
 def some_tests(self:Trainer, each=4):
     "Take a few test pictures of every data set"
@@ -284,7 +284,7 @@ def save_grid(self:Trainer, name, pictures, columns):
     with whole_file(self.notes / f"{name}.png") as path: image_grid(list(pictures), columns, scale=4).save(path)
     self.say(f"look at {self.notes / name}.png")
 
-# %% ../nbs/17_pipeline.ipynb #8d0486dd
+# %% ../nbs/17_pipeline.ipynb #02351cd5
 @patch
 @torch.no_grad()
 def vae(self:Trainer):  # `AutoencoderKL`
@@ -306,7 +306,7 @@ def vae(self:Trainer):  # `AutoencoderKL`
     self.save_grid("reconstructions", torch.stack([some, vae.decode(vae.encode(some).mean)], 1).flatten(0, 1), 8)
     return vae
 
-# %% ../nbs/17_pipeline.ipynb #c1fc96b0
+# %% ../nbs/17_pipeline.ipynb #90d5e1a8
 @patch
 def ids(self:Trainer,
     tokenizer,  # `CLIPTokenizer`
@@ -331,7 +331,7 @@ def retrieval(self:Trainer, tokenizer, clip, data):
     pictures = clip.image_features(data.batch(indices)[0].to(self.device))
     return (pictures @ clip.text_features(tokenizer(captions).to(self.device)).T).argmax(1).eq(torch.arange(count, device=self.device)).float().mean().item()
 
-# %% ../nbs/17_pipeline.ipynb #24c962ab
+# %% ../nbs/17_pipeline.ipynb #5f648dc1
 @patch
 def clip(self:Trainer):  # `CLIPTokenizer`, `CLIPModel`
     "Train the tokenizer and the two towers of CLIP"
@@ -353,7 +353,7 @@ def clip(self:Trainer):  # `CLIPTokenizer`, `CLIPModel`
     for name, data in self.tests.items(): self.say(f"CLIP: {name}, the right caption of {self.choices(data)[0]} found for {self.retrieval(tokenizer, clip, data):.0%} of the test pictures")
     return tokenizer, clip
 
-# %% ../nbs/17_pipeline.ipynb #dddfa4ab
+# %% ../nbs/17_pipeline.ipynb #d4831463
 @patch
 def unet(self:Trainer,
     vae,           # `AutoencoderKL`
@@ -377,7 +377,7 @@ def unet(self:Trainer,
     unet.save_pretrained(self.folder / "unet")
     return unet
 
-# %% ../nbs/17_pipeline.ipynb #8d750c8a
+# %% ../nbs/17_pipeline.ipynb #aeea8fb2
 @patch
 def run(self:Trainer):  # `StableDiffusion`
     "Train everything, save it, draw some pictures and say what was reached"
@@ -399,7 +399,7 @@ def run(self:Trainer):  # `StableDiffusion`
     for name in ("vae", "clip", "unet"): (self.notes / f"{name}.safetensors").unlink(missing_ok=True)
     return pipe
 
-# %% ../nbs/17_pipeline.ipynb #1f08d0fd
+# %% ../nbs/17_pipeline.ipynb #cc898d1b
 def seconds_per_step(
     plan,         # `Plan`
     device=None,  # a torch.device or its name; None: the fastest
