@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['denoising_loss', 'drop_captions', 'start_as_nothing', 'encode_pictures']
 
-# %% ../nbs/13_denoising.ipynb #cfd9fa07
+# %% ../nbs/13_denoising.ipynb #50c440b4
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .layers import ResnetBlock2D
 from .unet import Transformer2DModel, UNet2DConditionModel
 
-# %% ../nbs/13_denoising.ipynb #5ce3c49c
+# %% ../nbs/13_denoising.ipynb #2ae1179e
 def denoising_loss(
     unet,       # `UNet2DConditionModel`
     schedule,   # `NoiseSchedule`
@@ -26,7 +26,7 @@ def denoising_loss(
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     return F.mse_loss(unet(schedule.add_noise(latents, noise, t), t, text), schedule.target(latents, noise, t))
 
-# %% ../nbs/13_denoising.ipynb #667d360f
+# %% ../nbs/13_denoising.ipynb #30cbdad0
 def drop_captions(
     ids,        # (B, L) token numbers
     empty,      # (1, L) those of the empty caption
@@ -37,7 +37,7 @@ def drop_captions(
     dropped = torch.rand(len(ids), generator=generator).to(ids.device) < share
     return torch.where(dropped[:, None], empty.to(ids.device), ids)
 
-# %% ../nbs/13_denoising.ipynb #2bf58a0a
+# %% ../nbs/13_denoising.ipynb #70468e89
 def start_as_nothing(
     unet,  # a fresh `UNet2DConditionModel`
 ):         # the same
@@ -48,7 +48,7 @@ def start_as_nothing(
         if last is not None: nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
     return unet
 
-# %% ../nbs/13_denoising.ipynb #39c03fda
+# %% ../nbs/13_denoising.ipynb #3dfa47b5
 @torch.no_grad()
 def encode_pictures(
     vae,         # `AutoencoderKL`
