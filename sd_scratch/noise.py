@@ -184,6 +184,5 @@ def from_pretrained(cls:NoiseSchedule,
     "Read scheduler_config.json."
     file = Path(folder) / "scheduler_config.json"
     config = read_json(file)
-    if not isinstance(config, dict): raise ValueError(f"{file} holds a {type(config).__name__}; it must hold one JSON object with the scheduler's settings")
     try: return cls.from_config(config)
     except ValueError as error: raise ValueError(f"{file}: {error}") from None
