@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 from transformers.activations import ACT2FN
+from oracles import close, randomised
 
 from sd_scratch.attention import ACTIVATIONS, CLIPAttention, CLIPEncoderLayer, Transformer
 
@@ -12,19 +13,6 @@ OPTIONS = dict(hidden_size=24, num_attention_heads=3, intermediate_size=40, hidd
 
 
 def options(**changes): return SimpleNamespace(**OPTIONS | changes)
-
-
-def close(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and theirs.isfinite().all()
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
-
-
-@torch.no_grad()
-def randomised(module, seed=0):
-    "Give every parameter a value that no initialisation gives it."
-    generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters(): p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    return module.eval()
 
 
 def sequence(seed=0, batch=3, length=7, width=24): return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed))

@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from oracles import close, randomised
 
 from sd_scratch.clip import CLIPModel, CLIPTextModel, CLIPVisionModel, contrastive_loss
 
@@ -25,19 +26,6 @@ SD15 = """{
 SD21 = SD15.replace("quick_gelu", "gelu").replace("3072", "4096").replace('"hidden_size": 768', '"hidden_size": 1024').replace(
     '"num_attention_heads": 12', '"num_attention_heads": 16').replace('"num_hidden_layers": 12', '"num_hidden_layers": 23')
 SMALL = dict(hidden_size=24, intermediate_size=40, num_attention_heads=3, num_hidden_layers=2, vocab_size=99, max_position_embeddings=9)
-
-
-def close(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and theirs.isfinite().all()
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
-
-
-@torch.no_grad()
-def randomised(model, seed=0):
-    "Give every parameter a value that no initialisation gives it."
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters(): p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    return model.eval()
 
 
 def theirs_text(**changes): return randomised(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT | changes)))

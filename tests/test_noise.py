@@ -6,17 +6,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from hypothesis import given, settings, strategies as st
+from oracles import close
 
 from sd_scratch.noise import BETA_SCHEDULES, PREDICTION_TYPES, NoiseSchedule, beta_table
 
 TABLES = [dict(beta_schedule=name, num_train_timesteps=total) for name in BETA_SCHEDULES for total in (1, 50, 1000)] + [
     dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)]
-
-
-def close(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert torch.isfinite(theirs).all()
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
 
 
 def reference(schedule): return DDIMScheduler(**schedule.config, clip_sample=False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from oracles import randomised
 
 from sd_scratch.data import emoji_captions
 from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, model_folder, painter, plan_for
@@ -20,13 +21,6 @@ from sd_scratch.tokenizer import CLIPTokenizer
 PROMPTS = ["red heart", "a large red circle above a small blue square on a white background"]
 SD1 = dict(unet=dict(attention_head_dim=4), text=dict(hidden_act="quick_gelu"), schedule=dict(prediction_type="epsilon"))
 SD2 = dict(unet=dict(attention_head_dim=[2, 4], use_linear_projection=True, upcast_attention=True), text=dict(hidden_act="gelu", num_hidden_layers=3), schedule=dict(prediction_type="v_prediction"))
-
-
-def randomise(model):
-    "Move every parameter away from its fresh value: fresh norms and biases hide mistakes."
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
 
 
 def reference(folder, kind=SD1, length=20):
@@ -40,7 +34,7 @@ def reference(folder, kind=SD1, length=20):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **kind["unet"])
     vae = diffusers.AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, **kind["schedule"])
-    pipe = diffusers.StableDiffusionPipeline(randomise(vae), randomise(text), transformers.CLIPTokenizer.from_pretrained(folder / "words"), randomise(unet), scheduler,
+    pipe = diffusers.StableDiffusionPipeline(randomised(vae), randomised(text), transformers.CLIPTokenizer.from_pretrained(folder / "words"), randomised(unet), scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

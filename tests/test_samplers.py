@@ -5,17 +5,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings, strategies as st
+from oracles import close
 
 from sd_scratch.noise import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
 from sd_scratch.samplers import ddim, draw_noise, mixture_noise, sampling_steps
 
 COUNTS = (1, 7, 13, 25, 50)
-
-
-def close(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert torch.isfinite(theirs).all()
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
 
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file
+from oracles import close, randomised
 
 from sd_scratch.unet import GEGLU, Transformer2DModel, UNet2DConditionModel, time_features
 
@@ -19,19 +20,11 @@ TINY = dict(sample_size=8, block_out_channels=[8, 16], layers_per_block=1, norm_
 CONFIGS = dict(SD1=SD1, SD2=SD2, TINY=TINY)
 
 
-def close(ours, theirs, tolerance=1e-5):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert torch.isfinite(theirs).all()
-    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
-
-
 def pair(config, dtype=torch.float32):
     "diffusers' network with every parameter random, and ours with the same weights"
-    generator = torch.Generator().manual_seed(0)
-    theirs, ours = diffusers.UNet2DConditionModel(**config), UNet2DConditionModel(**config)
-    for p in theirs.parameters(): p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    theirs, ours = randomised(diffusers.UNet2DConditionModel(**config)), UNet2DConditionModel(**config)
     ours.load_state_dict(theirs.state_dict())
-    return ours.to(dtype), theirs.to(dtype).eval()
+    return ours.to(dtype), theirs.to(dtype)
 
 
 def inputs(config, size=(8, 8), batch=2, dtype=torch.float32, words=5):
