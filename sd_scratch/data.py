@@ -7,7 +7,7 @@ __all__ = ['CLOTHES', 'SIZES', 'COLORS', 'SHAPES', 'RELATIONS', 'BACKGROUNDS', '
            'fashion_mnist', 'Thing', 'Scene', 'parse_caption', 'random_scene', 'draw_scene', 'shapes', 'emoji_captions',
            'emoji', 'picture_folder', 'load_data']
 
-# %% ../nbs/03_data.ipynb #b72d4199
+# %% ../nbs/03_data.ipynb #509934f6
 import json
 import math
 import random
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .course import data_folder, emoji_font, to_tensor
 
-# %% ../nbs/03_data.ipynb #2d49d9f2
+# %% ../nbs/03_data.ipynb #675058b6
 class CaptionedPictures(torch.utils.data.Dataset):
     "Hold pictures and their captions in memory."
     def __init__(
@@ -58,13 +58,13 @@ class CaptionedPictures(torch.utils.data.Dataset):
         x, captions = self.batch([i])
         return x[0], captions[0]
 
-# %% ../nbs/03_data.ipynb #98b9cdad
+# %% ../nbs/03_data.ipynb #f3cee612
 def _check_split(name, split, splits):
     if split not in splits: raise ValueError(f"{name} has no split {split!r}; its splits are {', '.join(splits)}")
 
 def _in_split(key, split): return (crc32(key.encode()) % 10 == 0) == (split == "test")
 
-# %% ../nbs/03_data.ipynb #6b310eb4
+# %% ../nbs/03_data.ipynb #afb6db15
 CLOTHES = ("a t-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot")
 
 def fashion_mnist(
@@ -81,7 +81,7 @@ def fashion_mnist(
     pictures = torch.nn.functional.pad(data.data, (2, 2, 2, 2))[:, None]     # (N, 28, 28) -> (N, 1, 32, 32)
     return CaptionedPictures(pictures, [f"a photo of {CLOTHES[i]}" for i in data.targets.tolist()], "fashion_mnist", split)
 
-# %% ../nbs/03_data.ipynb #15b2569f
+# %% ../nbs/03_data.ipynb #a9173014
 SIZES = ("small", "large")
 COLORS = dict(red=(220, 25, 35), green=(25, 155, 55), blue=(30, 75, 225), yellow=(255, 225, 25),
               purple=(145, 40, 185), orange=(255, 130, 0), black=(0, 0, 0), white=(255, 255, 255))
@@ -105,7 +105,7 @@ class Thing:
 
     def __str__(self): return f"a {self.size} {self.color} {self.shape}"
 
-# %% ../nbs/03_data.ipynb #93f64b7e
+# %% ../nbs/03_data.ipynb #4ac8e6a6
 @dataclass(frozen=True)
 class Scene:
     "Name one thing, or two things and their relation, on a background."
@@ -138,7 +138,7 @@ class Scene:
         "Choose that one of the true descriptions whose relation is above, left of, or None."
         return self.turned() if self.relation in ("below", "right of") else self
 
-# %% ../nbs/03_data.ipynb #3b28daee
+# %% ../nbs/03_data.ipynb #2ccc9e51
 def parse_caption(
     caption,    # such as "a large red circle above a small blue square on a white background"
 ) -> Scene:
@@ -156,7 +156,7 @@ def parse_caption(
         raise ValueError(f"can't read the caption {caption!r}: {error}. A caption looks like 'a large red circle on a white background' or "
                          "'a large red circle above a small blue square on a white background'") from None
 
-# %% ../nbs/03_data.ipynb #bde38c3a
+# %% ../nbs/03_data.ipynb #351db7c2
 def random_scene(
     rng,             # random.Random
     things=None,     # how many: 1 or 2; None leaves that to chance too
@@ -172,7 +172,7 @@ def random_scene(
     rng.shuffle(pairs)
     return Scene(tuple(Thing(rng.choice(SIZES), *pair) for pair in pairs), rng.choice(RELATIONS) if things == 2 else None, background)
 
-# %% ../nbs/03_data.ipynb #db432d26
+# %% ../nbs/03_data.ipynb #fc325761
 _RADIUS = dict(small=(.120, .138), large=(.206, .224))      # in widths of the picture; two large things just fit
 _FINE = 8                                                   # drawn so many times larger, then reduced
 
@@ -215,7 +215,7 @@ def draw_scene(
         else: pen.polygon(_outline(thing.shape, x, y, r), fill=COLORS[thing.color])
     return image.reduce(_FINE)
 
-# %% ../nbs/03_data.ipynb #47c83ba5
+# %% ../nbs/03_data.ipynb #16f51b51
 def shapes(
     split="train",       # "train", "test" or "held_out" (every scene holds a combination that training never shows)
     count=20_000,        # how many pictures
@@ -231,7 +231,7 @@ def shapes(
         captions.append(scene.caption)
     return CaptionedPictures(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), captions, "shapes", split)
 
-# %% ../nbs/03_data.ipynb #74a8bf03
+# %% ../nbs/03_data.ipynb #c06b1476
 @cache
 def emoji_captions(
 ) -> dict:  # code point -> caption
@@ -239,7 +239,7 @@ def emoji_captions(
     table = json.loads((files("sd_scratch")/"tables"/"emoji.json").read_text(encoding="utf-8"))
     return {int(key.removeprefix("U+"), 16): caption for key, caption in table.items()}
 
-# %% ../nbs/03_data.ipynb #b8691228
+# %% ../nbs/03_data.ipynb #c9678808
 def _to_bytes(image): return ((to_tensor(image) + 1)*127.5).round().to(torch.uint8)     # PIL image -> (3, H, W)
 
 def _draw_emoji(character, font):
@@ -267,7 +267,7 @@ def emoji(
     drawn = {code: image for code, image in drawn.items() if image and image != absent}
     return CaptionedPictures(torch.stack([_to_bytes(o) for o in drawn.values()]), [emoji_captions()[code] for code in drawn], "emoji", split)
 
-# %% ../nbs/03_data.ipynb #35f3452c
+# %% ../nbs/03_data.ipynb #52c1bc1e
 _LINE = 'Each line is a JSON object such as {"file_name": "cat.png", "text": "a sleeping cat"}'
 
 def _read_line(line, folder):
@@ -280,7 +280,9 @@ def _read_line(line, folder):
     if Path(name).is_absolute() or ".." in Path(name).parts: raise ValueError(f"the picture {name!r} lies outside the folder; move it inside")
     if not path.is_file(): raise ValueError(f"there is no picture {name!r} in {folder}; add it or remove the line")
     try:
-        with Image.open(path) as image: square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (32, 32), Image.Resampling.LANCZOS)
+        with Image.open(path) as image:
+            if image.mode[0] in "IF": raise ValueError(f"a pixel of the mode {image.mode} has more than 8 bits; save it with 8 bits a channel")
+            square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (32, 32), Image.Resampling.LANCZOS)
     except Exception as error: raise ValueError(f"the picture {name!r} can't be read ({error}); replace it or remove the line") from error
     return name, entry["text"], _to_bytes(square)
 
@@ -303,7 +305,7 @@ def picture_folder(
     pictures = torch.stack([picture for _, _, picture in chosen]) if chosen else torch.empty(0, 3, 32, 32, dtype=torch.uint8)
     return CaptionedPictures(pictures, [text for _, text, _ in chosen], folder.resolve().name, split)
 
-# %% ../nbs/03_data.ipynb #a6f4cdc9
+# %% ../nbs/03_data.ipynb #6454f841
 DATASETS = ("fashion_mnist", "shapes", "emoji")
 
 def load_data(

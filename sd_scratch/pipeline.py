@@ -175,18 +175,18 @@ class Plan:
     "All that decides how a model comes out: same plan, machine and number of threads, same weights"
     data: list                                                                              # names of data sets, or folders
     seed: int = 0                                                                           # of weights, batches, noise and drawn scenes
-    vae_steps: int = 4000
-    clip_steps: int = 1000
-    unet_steps: int = 8000
-    vae_lr: float = 2e-3                                                                    # peak of the learning rate
+    vae_steps: int = 7000
+    clip_steps: int = 7000
+    unet_steps: int = 24_000
+    vae_lr: float = 1.5e-3                                                                    # peak of the learning rate
     clip_lr: float = 1e-3
-    unet_lr: float = 1.5e-3
-    vae_batch: int = 64                                                                     # pictures in a step
-    clip_batch: int = 128
-    unet_batch: int = 64
+    unet_lr: float = 1.2e-3
+    vae_batch: int = 16                                                                     # pictures in a step
+    clip_batch: int = 64
+    unet_batch: int = 32
     shapes: int = 60_000                                                                    # scenes to draw
     vocab_size: int = 1500                                                                  # tokens
-    shares: dict = field(default_factory=lambda: dict(emoji=3, shapes=2, fashion_mnist=1))  # of a batch; a folder counts 2
+    shares: dict = field(default_factory=lambda: dict(emoji=2, shapes=3, fashion_mnist=1))  # of a batch; a folder counts 2
     widths: dict = field(default_factory=lambda: WIDTHS)                                    # configurations of the networks
     schedule: dict = field(default_factory=lambda: dict(prediction_type="v_prediction"))    # options of the `NoiseSchedule`
 

@@ -117,6 +117,18 @@ def test_impossible_scenes_are_refused():
     with pytest.raises(ValueError, match="can't be seen"): draw_scene(Scene((Thing("small", "black", "star"),), None, "black"), random.Random(0))
 
 
+@given(scenes, seeds)
+def test_a_mirror_swaps_left_and_right_only(scene, seed):
+    other = {"left of": "right of", "right of": "left of", "above": "above", "below": "below", None: None}
+    image = np.asarray(draw_scene(scene, random.Random(seed)))[:, ::-1].astype(int)
+    mirrored = Scene(scene.things, other[scene.relation], scene.background)
+    middles = [np.argwhere((image == COLORS[thing.color]).all(-1)).mean(0) for thing in scene.things]
+    if len(middles) == 2 and scene.things[0].color != scene.things[1].color:
+        (y0, x0), (y1, x1) = middles
+        seen = ("above" if y0 < y1 else "below") if abs(y1 - y0) > abs(x1 - x0) else ("left of" if x0 < x1 else "right of")
+        assert seen == mirrored.relation
+
+
 # random scenes
 
 def test_training_never_holds_a_held_out_combination():
@@ -140,6 +152,21 @@ def test_held_out_takes_each_colour_and_shape_once():
 @given(scenes)
 def test_nothing_is_invisible(scene):
     assert all(COLORS[thing.color] != BACKGROUNDS[scene.background] for thing in scene.things)
+
+
+def test_every_word_of_a_held_out_combination_is_well_known():
+    rng = random.Random(10)
+    seen = Counter((thing.color, thing.shape) for _ in range(4000) for thing in random_scene(rng).things)
+    for color, shape in HELD_OUT:
+        assert sum(seen[color, other] > 50 for other in SHAPES) == 3 and sum(seen[other, shape] > 50 for other in COLORS) == 7
+
+
+def test_things_of_one_scene_are_drawn_independently():
+    rng = random.Random(11)
+    many = [random_scene(rng, 2) for _ in range(6000)]
+    for key, words in dict(size=SIZES, shape=SHAPES).items():
+        pairs = Counter(tuple(getattr(thing, key) for thing in scene.things) for scene in many)
+        assert len(pairs) == len(words)**2 and max(pairs.values()) < 1.4*min(pairs.values())
 
 
 def test_attributes_are_uniform():
@@ -235,6 +262,21 @@ def test_shapes_hold_what_their_split_says(drawn):
 
 
 def test_no_shapes_at_all(): assert len(shapes(count=0)) == 0
+
+
+def test_both_descriptions_of_a_picture_occur(drawn):
+    said = Counter(parse_caption(caption).relation for caption in drawn["train"].captions)
+    assert set(said) == {None, *RELATIONS} and min(said[o] for o in RELATIONS) > 300
+
+
+# splits
+
+def test_a_hash_splits_for_good():
+    names = [f"{i}.png" for i in range(2000)]
+    test = [name for name in names if data._in_split(name, "test")]
+    assert all(data._in_split(name, "train") != data._in_split(name, "test") for name in names) and 150 < len(test) < 250
+    assert test[:5] == ["12.png", "38.png", "39.png", "50.png", "51.png"]              # for ever: a test picture must never become a training picture
+    assert data._in_split("ü.png", "train") != data._in_split("ü.png", "test")
 
 
 # Fashion-MNIST
@@ -376,13 +418,14 @@ def test_pictures_are_cut_to_squares_and_laid_on_white(folder):
     ("{'file_name': 'a.png'}", "isn't JSON"), ("{", "isn't JSON"), ("[1, 2]", "no text under the key 'file_name'"), ("3", "no text under the key 'file_name'"),
     (dict(text="x"), "no text under the key 'file_name'"), (dict(file_name="a.png"), "no text under the key 'text'"),
     (dict(file_name="a.png", text=3), "no text under the key 'text'"), (dict(file_name=["a.png"], text="x"), "no text under the key 'file_name'"),
-    (entry("b.png"), "there is no picture 'b.png'"), (entry("broken.png"), "the picture 'broken.png' can't be read"), (entry("text.png"), "can't be read"),
+    (entry("b.png"), "there is no picture 'b.png'"), (entry("broken.png"), "the picture 'broken.png' can't be read"), (entry("text.png"), "can't be read"), (entry("deep.png"), "save it with 8 bits a channel"),
     (entry(""), "there is no picture ''"), (entry("../a.png"), "outside the folder"), (entry("sub/../../a.png"), "outside the folder"), (entry("/etc/hosts"), "outside the folder")])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_wrong_line_is_named(folder, line, words, split):
     path = folder(entry("a.png"), "", line, entry("a.png"))
     (path/"broken.png").write_bytes((path/"a.png").read_bytes()[:60])
     (path/"text.png").write_text("not a picture")
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(path/"deep.png")     # Pillow would cut 16 bits off at 255
     with pytest.raises(ValueError) as error: picture_folder(path, split)
     assert f"{path/'metadata.jsonl'}, line 3: " in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 

@@ -11,6 +11,7 @@ from diffusers.models.downsampling import Downsample2D as TheirDownsample2D
 from diffusers.models.resnet import ResnetBlock2D as TheirResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D as TheirUpsample2D
+from oracles import close, randomised
 from safetensors.torch import load_file, save_file
 
 import sd_scratch.layers
@@ -20,18 +21,6 @@ from sd_scratch.layers import (Attention, ConfigModel, Downsample2D, PictureAtte
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
-
-
-def close(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert torch.isfinite(theirs).all()
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
-
-
-def randomised(model):
-    "Move every parameter away from what it starts as: a norm whose weight is 1 hides a norm that has none."
-    for p in model.parameters(): p.data += 0.1 * torch.randn_like(p)
-    return model.eval().requires_grad_(False)
 
 
 def like(ours, theirs):
@@ -129,6 +118,80 @@ def test_stage_on_the_way_up(last):
 def test_stage_adds_no_names_for_what_it_lacks():
     names = list(Stage([ResnetBlock2D(8, 8, groups=4)]).state_dict())
     assert len(names) == 8 and all(name.startswith("resnets.0.") for name in names)
+
+
+@pytest.mark.parametrize("asymmetric, zeros", [(False, 2), (True, 1)])
+def test_downsample_sizes(asymmetric, zeros):
+    for size in range(3, 20):
+        assert Downsample2D(2, asymmetric)(torch.randn(1, 2, size, 3)).shape[2:] == ((size + zeros - 3) // 2 + 1, 2 - asymmetric), size
+
+
+@pytest.mark.parametrize("layer, there, here", [
+    (lambda: Downsample2D(3), 2, 1), (lambda: Downsample2D(3, True), 2, 1), (lambda: Upsample2D(3), 1, 2)], ids=["down", "down, asymmetric", "up"])
+def test_shifted_picture_gives_shifted_features(layer, there, here):
+    layer, x = layer().double(), torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    x[..., 5:10, 5:10] = torch.randn(3, 5, 5)                     # nothing near the frame
+    torch.testing.assert_close(layer(x.roll((there, -there), (2, 3))), layer(x).roll((here, -here), (2, 3)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("asymmetric, first", [(False, -1), (True, 0)])
+def test_downsample_sees_the_right_pixels(asymmetric, first):
+    layer, x = Downsample2D(1, asymmetric), torch.zeros(1, 1, 8, 8, requires_grad=True)
+    nn.init.ones_(layer.conv.weight)
+    layer(x)[0, 0, 1, 2].backward()
+    seen = torch.zeros(8, 8)
+    seen[2 + first:5 + first, 4 + first:7 + first] = 1
+    assert torch.equal(x.grad[0, 0], seen)
+
+
+def test_resnet_block_in_float64_against_patches():
+    "Every convolution a matrix product over unfolded patches, every norm written out."
+    block, x, time = randomised(ResnetBlock2D(6, 4, 5, 2, 1e-3)).double(), torch.randn(3, 6, 5, 4, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    p = dict(block.named_parameters())
+    def conv(x, name): return (p[f"{name}.weight"].flatten(1) @ nn.functional.unfold(x, 3, padding=1) + p[f"{name}.bias"][:, None]).unflatten(2, (5, 4))
+    def silu_of_norm(x, name):
+        sets = x.reshape(3, 2, -1)
+        sets = (sets - sets.mean(2, keepdim=True)) / (sets.var(2, unbiased=False, keepdim=True) + 1e-3).sqrt()
+        y = sets.reshape(x.shape) * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
+        return y / (1 + (-y).exp())
+    vector = (time / (1 + (-time).exp())) @ p["time_emb_proj.weight"].T + p["time_emb_proj.bias"]
+    h = conv(silu_of_norm(x, "norm1"), "conv1") + vector[:, :, None, None]
+    h = conv(silu_of_norm(h, "norm2"), "conv2")
+    h = h + torch.einsum("oc,bchw->bohw", p["conv_shortcut.weight"][..., 0, 0], x) + p["conv_shortcut.bias"][:, None, None]
+    torch.testing.assert_close(block(x, time), h, rtol=0, atol=1e-12)
+
+
+def test_each_picture_is_on_its_own():
+    for layer in ResnetBlock2D(8, 12, groups=4), PictureAttention(8, bias=True, groups=4), Downsample2D(8), Upsample2D(8):
+        layer, x = randomised(layer).double(), torch.randn(3, 8, 6, 6, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), torch.cat([layer(one[None]) for one in x]), rtol=0, atol=1e-12)
+
+
+def test_resnet_block_adds_the_same_to_a_brighter_picture():
+    "The norm takes scale and mean away before anything is computed."
+    block, x = randomised(ResnetBlock2D(8, 8, groups=1, eps=0)).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(block(5 * x + 3) - (5 * x + 3), block(x) - x, rtol=0, atol=1e-10)
+
+
+def test_attention_does_not_mind_the_order_of_what_it_looks_at():
+    q, k, v, order = torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8), torch.randperm(7)
+    close(attend(q, k[:, order], v[:, order], 2), attend(q, k, v, 2))
+    close(attend(q, k[:, :1], v[:, :1], 2), v[:, :1].expand(2, 5, 8))
+    layer, x, order = randomised(PictureAttention(8, groups=2)), torch.randn(2, 8, 3, 4), torch.randperm(12)
+    close(layer(x.flatten(2)[..., order].unflatten(2, (3, 4))), layer(x).flatten(2)[..., order].unflatten(2, (3, 4)))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Attention(8, heads=3), r"Attention: 8 channels can't be shared out to 3 heads; choose a number that divides 8"),
+    (lambda: Attention(8, heads=0), r"to 0 heads"),
+    (lambda: Attention(8, heads=16), r"to 16 heads"),
+    (lambda: Attention(8, heads=-2), r"to -2 heads"),
+    (lambda: ResnetBlock2D(8, 12, groups=8), r"\(12\) must be divisible by num_groups \(8\)"),
+    (lambda: ResnetBlock2D(8, 12), r"\(8\) must be divisible by num_groups \(32\)"),
+    (lambda: PictureAttention(10, groups=4), r"\(10\) must be divisible by num_groups \(4\)"),
+    (lambda: Stage([ResnetBlock2D(8, 8, groups=4)], [PictureAttention(8, groups=4) for _ in range(2)]), r"Stage: 2 attentions for 1 residual blocks; each follows one")])
+def test_layers_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message): make()
 
 
 def write(path, content): path.write_bytes(content if isinstance(content, bytes) else content.encode())

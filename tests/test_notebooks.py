@@ -73,3 +73,13 @@ def test_is_clean(path):
     clean = deepcopy(nb)
     clean_nb(clean)
     assert clean == nb, f"nbdev_clean --fname {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "solutions"], ids=lambda p: p.stem)
+def test_each_exercise_has_its_check(path):
+    "The notebook of the same name calls every check that the solutions export, and its stubs are empty."
+    checks = {name for cell in read(path).cells if "export" in directives(cell) for name in re.findall(r"^def (check_\w+)", cell.source, re.MULTILINE)}
+    code = [c for c in read(path.parent.parent / path.name).cells if c.cell_type == "code"]
+    called = {name: c for c in code for name in re.findall(r"(?m)^(check_\w+)\(", c.source) if name in checks}
+    assert called.keys() == checks and checks
+    assert not [name for name, c in called.items() if "not solved yet" not in str(c.outputs)]

@@ -1,8 +1,10 @@
-"The learning-rate schedule, and the moving average against its closed form."
+"The optimizers that the notebook writes out against torch's, the learning-rate schedule, and the moving average against its closed form and torch's."
+import ast
 import math
 
 import pytest
 import torch
+from notebooks import ROOT, read
 
 from sd_scratch.optimizers import ExponentialMovingAverage, one_cycle
 
@@ -80,3 +82,111 @@ def test_average_stays_where_the_weights_stay():
     average = ExponentialMovingAverage(model, 0.9)
     for _ in range(50): average.update(model)
     torch.testing.assert_close(average.weights["w0"], model.w0.data, rtol=1e-12, atol=0)
+
+
+def rates_of_torch(steps, peak, rise):
+    "The same schedule in torch's pieces: LinearLR up, CosineAnnealingLR down."
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, 1, rise - 1)
+    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - rise)
+    schedule, rates = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [rise]), []
+    for _ in range(steps):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("steps, warmup", [(200, 0.05), (200, 0.3), (77, 0.1)])
+def test_one_cycle_is_torchs_linear_rise_and_cosine(steps, warmup):
+    ours = [one_cycle(step, steps, 2e-3, warmup) for step in range(steps)]
+    assert ours == pytest.approx(rates_of_torch(steps, 2e-3, round(warmup * steps)), rel=0, abs=1e-10)
+
+
+@pytest.mark.parametrize("steps", [10, 99, 12_345])
+def test_one_cycle_scales_with_its_peak_and_needs_no_memory(steps):
+    "Asked for in any order, and for any peak, a step has the same share of the peak."
+    shares = [one_cycle(step, steps, 1.0) for step in range(steps)]
+    for step in (steps - 1, 0, steps // 2): assert one_cycle(step, steps, 3e-4) == pytest.approx(3e-4 * shares[step], rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.98, 0.9999])
+def test_average_is_torchs_along_a_training(decay):
+    "200 steps of Adam on a small network: the average equals AveragedModel's with the growing decay put in."
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    ours = ExponentialMovingAverage(model, decay)
+
+    def grown(average, weight, count):
+        d = min(decay, (1 + int(count)) / (10 + int(count)))
+        return d * average + (1 - d) * weight
+
+    theirs = torch.optim.swa_utils.AveragedModel(model, avg_fn=grown)
+    theirs.update_parameters(model)                                                               # its first update is a copy of the start
+    for _ in range(200):
+        optimizer.zero_grad()
+        x = torch.randn(8, 3, dtype=torch.float64)
+        (model(x) - x[:, :2] ** 2).square().mean().backward()
+        optimizer.step()
+        ours.update(model)
+        theirs.update_parameters(model)
+    expected = dict(theirs.module.named_parameters())
+    assert ours.weights.keys() == expected.keys()
+    for name, w in ours.weights.items():
+        assert (w - expected[name]).abs().max() <= 1e-10
+        assert (w - dict(model.named_parameters())[name]).abs().max() > 1e-4                      # an average, and not the weights themselves
+
+
+def test_average_is_less_noisy_than_the_weights():
+    "Independent noise around a constant: a decay d leaves (1 - d) / (1 + d) of the variance."
+    random = torch.Generator().manual_seed(0)
+    model = model_of(torch.full((5000,), 3.0))
+    average = ExponentialMovingAverage(model, 0.8)
+    for _ in range(100):
+        model.w0.data.copy_(3 + torch.randn(5000, generator=random, dtype=torch.float64))
+        average.update(model)
+    assert average.weights["w0"].mean().item() == pytest.approx(3, abs=0.03)
+    assert average.weights["w0"].var().item() == pytest.approx(0.2 / 1.8, rel=0.1)
+
+
+def test_average_keeps_each_weights_type_and_name():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 1).double()})
+    average = ExponentialMovingAverage(model)
+    average.update(model)
+    assert {name: w.dtype for name, w in average.weights.items()} == {name: w.dtype for name, w in model.named_parameters()}
+    average.copy_to(model)
+    assert all(w.requires_grad and w.grad is None for w in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def written_out():
+    "The notebook's own optimizers: the cells that define them, run without the rest."
+    wanted, found = {"descend", "momentum", "rmsprop", "adam", "adam_l2", "adamw"}, {"torch": torch, "math": math}
+    for cell in read(ROOT / "nbs/02_optimizers.ipynb").cells:
+        if cell.cell_type != "code" or cell.source.startswith("%"): continue
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.FunctionDef) and node.name in wanted: exec(ast.unparse(node), found)
+    assert wanted <= found.keys()
+    return found
+
+
+@pytest.mark.parametrize("name, settings, torchs", [
+    ("descend", dict(lr=0.03), lambda w: torch.optim.SGD(w, lr=0.03)),
+    ("momentum", dict(lr=0.01, beta=0.7), lambda w: torch.optim.SGD(w, lr=0.01, momentum=0.7)),
+    ("rmsprop", dict(lr=0.02, alpha=0.9, eps=1e-3), lambda w: torch.optim.RMSprop(w, lr=0.02, alpha=0.9, eps=1e-3)),
+    ("adam", dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3), lambda w: torch.optim.Adam(w, lr=0.02, betas=(0.8, 0.95), eps=1e-3)),
+    ("adam_l2", dict(lr=0.02, betas=(0.9, 0.99), weight_decay=0.3), lambda w: torch.optim.Adam(w, lr=0.02, betas=(0.9, 0.99), weight_decay=0.3)),
+    ("adamw", dict(lr=0.02, betas=(0.9, 0.99), weight_decay=0.3), lambda w: torch.optim.AdamW(w, lr=0.02, betas=(0.9, 0.99), weight_decay=0.3)),
+])
+def test_written_out_is_torchs(written_out, name, settings, torchs):
+    "200 steps with random gradients of very different sizes, float64: the same place at every step."
+    random = torch.Generator().manual_seed(1)
+    place, memory = torch.randn(4, 3, generator=random, dtype=torch.float64), {}
+    theirs = place.clone().requires_grad_()
+    optimizer = torchs([theirs])
+    for _ in range(200):
+        gradient = torch.randn(4, 3, generator=random, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 30.0])
+        place, theirs.grad = written_out[name](place, gradient, memory, **settings), gradient.clone()
+        optimizer.step()
+        assert (place - theirs.detach()).abs().max() <= 1e-10

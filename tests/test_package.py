@@ -74,12 +74,33 @@ def links(text):
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *find_notebooks()]
 
 
+def markdown(path):
+    "Return the text of a page: a Markdown file, or a notebook's Markdown cells."
+    return path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+
+
+def anchors(text):
+    "Return the names by which Jupyter lets links jump to the headings of a text."
+    return {re.sub(r"[`*]", "", h).strip().replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", text)}
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_local_links_exist(path):
-    if path.suffix == ".md": text = path.read_text(encoding="utf-8")
-    else: text = "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
-    local = [unquote(t.partition("#")[0]) for t in links(text) if not re.match(r"[a-z]+:|#", t)]
-    assert not [t for t in local if not (path.parent / t).exists()]
+    "Every link to a file finds it, and every link into a page finds its heading."
+    for link in links(markdown(path)):
+        if re.match(r"[a-z]+:", link): continue
+        file, _, anchor = map(unquote, link.partition("#"))
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor and target.suffix in (".ipynb", ".md"): assert anchor in anchors(markdown(target)), f"{link}: its headings are {sorted(anchors(markdown(target)))}"
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+def test_glossary_has_every_word_earned(path):
+    "Each term that a notebook earns stands in the glossary, with a link to a heading of that notebook."
+    earned = re.search(r"(?ms)^## Words earned\n(.*?)(?=^## |\Z)", markdown(path))
+    entries = dict(re.findall(r"(?m)^- \*\*(.+?)\*\*(.*)$", markdown(ROOT / "nbs/glossary.ipynb")))
+    for term in re.findall(r"(?m)^- \*\*(.+?)\*\*", earned[1] if earned else ""): assert f"]({path.name}#" in entries.get(term, ""), term
 
 
 def test_front_page_names_every_notebook():

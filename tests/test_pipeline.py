@@ -243,12 +243,12 @@ sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
 from test_pipeline import parts
 parts(Trainer(Plan.load({str(tmp_path / "plan.json")!r}), {str(tmp_path / "killed")!r}, "cpu", progress=False, say=lambda line: None))
 """
-    for steps in (4, 5):                                                                     # in the autoencoder, then in CLIP
+    for steps in (4, 5, 6):                                                                  # in the autoencoder, in CLIP, in the UNet
         child = subprocess.Popen([sys.executable, "-c", program, str(steps)], stdout=subprocess.PIPE)
         assert child.stdout.read(7) == b"kill me"
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert (tmp_path / "killed" / "vae").exists() and not (tmp_path / "killed" / "clip").exists()
+    assert (tmp_path / "killed" / "clip").exists() and not (tmp_path / "killed" / "unet").exists()
     assert not list((tmp_path / "killed").rglob("*.part*"))
     resumed = parts(Trainer(MINI, tmp_path / "killed", "cpu", progress=False, say=print))
     assert all(torch.equal(undisturbed[k], resumed[k]) for k in undisturbed)

@@ -1,8 +1,15 @@
-"The training loop: against a plain loop, stopped and gone on with, and what it refuses."
+"The training loop: against a plain loop, stopped and gone on with, killed, in several processes, and what it refuses."
 import json
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from notebooks import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -10,7 +17,7 @@ from torch import nn
 import sd_scratch.training
 from sd_scratch.data import CaptionedPictures
 from sd_scratch.optimizers import ExponentialMovingAverage, one_cycle
-from sd_scratch.training import Fit, draw, join, step_generator
+from sd_scratch.training import Fit, LivePlot, draw, every_steps, join, seeded, several_processes, sparkline, step_generator
 
 STEPS = 8
 SETTINGS = dict(steps=STEPS, lr=0.01, warmup=0.3, weight_decay=0.1, clip=0.5, decay=0.9, seed=3)
@@ -136,7 +143,7 @@ def test_interrupted_again_and_again(undisturbed, tmp_path):
     assert len(last.losses) == 6
     last.go(loss_of(last.model), progress=False)
     assert all(torch.equal(w, end[k]) for k, w in last.model.named_parameters())
-    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.safetensors", "run.safetensors.before"]
 
 
 def test_checkpoints_are_written_in_time(tmp_path, monkeypatch):
@@ -166,7 +173,7 @@ def test_format_of_the_checkpoint(checkpoint):
     with safe_open(checkpoint, "pt") as file:
         assert json.loads(file.metadata()["run"]) == SETTINGS
         names = [name for name, _ in network().named_parameters()]
-        assert set(file.keys()) == {"losses", "count", *(f"{key}/{name}" for key in ("weight", "average", "mean", "square") for name in names)}
+        assert set(file.keys()) == {"losses", "count", *(f"{key}/{name}" for key in ("weight", "average", "mean", "square", "taken") for name in names)}
         assert file.get_tensor("losses").dtype == torch.float64
 
 
@@ -266,4 +273,330 @@ def test_join_of_one_and_with_nothing_of_another():
     assert (data.name, len(data)) == ("a", 4) and weights.tolist() == pytest.approx([0.25] * 4)
     _, weights = join([pictures(4, 3, 1, "a"), pictures(2, 3, 1, "b")], [1, 0])
     assert draw(weights, 100, torch.Generator().manual_seed(0)).max() < 4
-    with pytest.raises(ValueError): join([pictures(4, 3, 1, "a")], [1, 1])
+    with pytest.raises(ValueError, match="2 shares for 1 data sets"): join([pictures(4, 3, 1, "a")], [1, 1])
+
+
+def test_nothing_to_draw_from():
+    nothing = pictures(0, 3, 1, "holiday")
+    with pytest.raises(ValueError, match="no picture in the data set holiday: leave it out"): join([pictures(4, 3, 1, "a"), nothing], [1, 1])
+    with pytest.raises(ValueError, match="at least one data set"): join([], [])
+    for shares in ([0, 0], [1, -1], [float("nan"), 1], [float("inf"), 1]):
+        with pytest.raises(ValueError, match="a share above 0"): join([pictures(4, 3, 1, "a"), pictures(4, 3, 1, "b")], shares)
+    with pytest.raises(ValueError, match="the data set is empty"): draw(torch.zeros(0), 3, torch.Generator())
+
+
+class Awkward(nn.Module):
+    "What is easily forgotten: running statistics, dropout, a weight that never gets a gradient, one that is frozen, one that gets one now and then."
+    def __init__(self, start=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(start)
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Conv2d(4, 2, 1))
+        self.unused, self.frozen, self.rare = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 1, 1), requires_grad=False), nn.Parameter(torch.ones(2, 1, 1))
+
+    def loss(self, generator):
+        x = torch.randn(4, 3, 6, 6, generator=generator)
+        found = self.layers(x + 0.1 * float(np.random.rand()) + 0.1 * random.random()) * self.frozen
+        return (found * self.rare if torch.rand(1, generator=generator) < 0.5 else found).square().mean()
+
+
+def everything(run):
+    "Weights, buffers, averages and the optimizer's state, by name."
+    found = {k: v.clone() for k, v in run.model.state_dict().items()} | {f"average/{k}": v.clone() for k, v in run.average.weights.items()}
+    for name, w in zip(run.names, run.weights): found |= {f"{key}/{name}": v.clone() for key, v in run.optimizer.state.get(w, {}).items()}
+    return found
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_nothing_is_forgotten(stop, tmp_path):
+    "Buffers, hidden generators, and an optimizer that has seen some weights less often than others."
+    run = Fit(Awkward(), **SETTINGS)
+    for _ in range(STEPS): run.step(run.model.loss)
+    assert 0 < run.optimizer.state[run.model.rare]["step"] < STEPS and run.model.unused not in run.optimizer.state
+    first = Fit(Awkward(), **SETTINGS, checkpoint=tmp_path / "run.safetensors")
+    for _ in range(stop): first.step(first.model.loss)
+    first.save()
+    torch.rand(3), np.random.rand(3), random.random()
+    again = Fit(Awkward(1), **SETTINGS, checkpoint=first.checkpoint)
+    for _ in range(stop, STEPS): again.step(again.model.loss)
+    a, b = everything(run), everything(again)
+    assert a.keys() == b.keys() and again.losses == run.losses
+    for key in a: assert torch.equal(a[key], b[key]), key
+
+
+def test_hidden_generators_are_put_back():
+    def states(): return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+    before = states()
+    with pytest.raises(KeyError), seeded(5):
+        torch.rand(3), np.random.rand(3), random.random()
+        raise KeyError
+    assert states() == before
+    def numbers(number):
+        with seeded(number): return torch.rand(1).item(), np.random.rand(), random.random()
+    assert numbers(5) == numbers(5) and len({x for n in (-6, 5, 7, 2 ** 40) for x in numbers(n)}) == 12
+    run = fit()
+    run.step(loss_of(run.model))
+    assert states() == before
+    with seeded(-1 - 3 * 1_000_003): hidden = torch.rand(4)                          # step 0 of the run with seed 3: other numbers than its generator's
+    assert not torch.equal(hidden, torch.rand(4, generator=step_generator(3, 0)))
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+def test_every_flipped_bit_is_noticed(checkpoint):
+    content, dice = checkpoint.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    for position in [*range(8), *dice.sample(range(8, header), 40), *dice.sample(range(header, len(content)), 40), len(content) - 1]:
+        flip(checkpoint, position)
+        with pytest.raises(ValueError, match="damaged.*delete it to begin again"): fit(checkpoint)
+        checkpoint.write_bytes(content)
+    assert len(fit(checkpoint).losses) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another kind of file"])
+def test_the_one_before_a_damaged_checkpoint(damage, undisturbed, tmp_path):
+    states, end = undisturbed
+    run = fit(tmp_path / "run.safetensors")
+    for stop in range(1, 5):
+        run.step(loss_of(run.model))
+        run.save()
+        assert run.before.exists() == (stop > 1)
+    content = run.checkpoint.read_bytes()
+    if damage == "flipped": flip(run.checkpoint, len(content) - 50)
+    else: run.checkpoint.write_bytes({"cut": content[:-60], "empty": b"", "another kind of file": b"PK" + content[2:]}[damage])
+    with pytest.warns(UserWarning, match="going on with the one before it, of step 3") as warned: again = fit(run.checkpoint, start=1)
+    assert str(run.checkpoint) in str(warned[0].message) and "damaged" in str(warned[0].message)
+    assert_same(state(again), states[2])
+    assert len(fit(run.checkpoint).losses) == 3                                      # without a warning: the good one is in its place
+    again.go(loss_of(again.model), progress=False)
+    assert all(torch.equal(w, end[k]) for k, w in again.model.named_parameters())
+    for path in (run.checkpoint, run.before): flip(path, 700)
+    with pytest.raises(ValueError, match="no good one before it; delete it to begin again"): fit(run.checkpoint)
+
+
+def test_two_checkpoints_and_nothing_else(tmp_path, monkeypatch):
+    run = fit(tmp_path / "run.safetensors")
+    for left in (".run.1.part.safetensors", ".run.safetensors.2.part.before"): (tmp_path / left).write_bytes(b"of a killed process")
+    for neighbour in ("other.safetensors", ".other.1.part.safetensors", ".run.b.1.part.safetensors"): (tmp_path / neighbour).write_bytes(b"")
+    for _ in range(3):
+        run.step(loss_of(run.model))
+        run.save()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.1.part.safetensors", ".run.b.1.part.safetensors", "other.safetensors", "run.safetensors", "run.safetensors.before"]
+    run.checkpoint.unlink()                                                          # as the messages say: delete it to begin again
+    new = fit(run.checkpoint)
+    assert not new.losses
+    new.step(loss_of(new.model))
+    new.save()
+    assert not new.before.exists()                                                   # or a damaged checkpoint would go back to the old run
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("this disk knows no second names")))
+    first = new.checkpoint.read_bytes()
+    new.step(loss_of(new.model))
+    new.save()
+    assert new.before.read_bytes() == first != new.checkpoint.read_bytes()
+
+
+def test_checkpoints_of_before_the_checksum(checkpoint, undisturbed):
+    with safe_open(checkpoint, "pt") as file: kept = {k: file.get_tensor(k) for k in file.keys() if not k.startswith("taken/")}, {"run": file.metadata()["run"]}
+    save_file(kept[0], checkpoint, metadata=kept[1])
+    assert_same(state(fit(checkpoint, start=1)), undisturbed[0][1])
+
+
+def test_killed_at_random_moments(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/killed_runs.py", "--kills", "8", "--steps", "40", "--out", tmp_path / "out.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["total"]["kills"] == 8 and found["total"]["same"] == found["total"]["runs"] == len(found["runs"]) and found["total"]["damaged"] == 0
+    assert any(0 < step < 40 for row in found["runs"] for step in row["at_steps"])   # or nothing was killed in the middle
+
+
+def test_mixed_precision(tmp_path):
+    "bfloat16 in the products, float32 in what is kept."
+    types, losses, gradients = set(), {}, {}
+    for dtype in (None, torch.bfloat16):
+        run = fit(dtype=dtype)
+        run.model[3].register_forward_hook(lambda layer, inputs, output: types.add(output.dtype))
+        losses[dtype] = [run.step(loss_of(run.model))]
+        gradients[dtype] = torch.cat([w.grad.flatten() for w in run.weights])
+        losses[dtype] += [run.step(loss_of(run.model)) for _ in range(STEPS - 1)]
+        assert {t.dtype for t in everything(run).values()} == {torch.float32}
+    assert types == {torch.float32, torch.bfloat16}
+    assert losses[None] != losses[torch.bfloat16] and losses[None] == pytest.approx(losses[torch.bfloat16], rel=0.03)
+    assert torch.cosine_similarity(*gradients.values(), dim=0) > 0.999
+    first = fit(tmp_path / "run.safetensors", dtype=torch.bfloat16)
+    for _ in range(3): first.step(loss_of(first.model))
+    first.save()
+    again = fit(first.checkpoint, start=1, dtype=torch.bfloat16)
+    for _ in range(3, STEPS): again.step(loss_of(again.model))
+    assert again.losses == losses[torch.bfloat16]
+    with pytest.raises(ValueError, match="dtype is torch.bfloat16 there and None here"): fit(first.checkpoint)
+    with pytest.raises(ValueError, match="torch.float16.*torch.bfloat16"): fit(dtype=torch.float16)
+
+
+def test_callbacks(undisturbed, tmp_path):
+    "Called after each step, with the run; training doesn't notice."
+    states, end = undisturbed
+    run, calls = fit(tmp_path / "run.safetensors"), []
+    def meddle(run):
+        calls.append(len(run.losses))
+        run.model.eval()
+        torch.manual_seed(0)
+    modes = []
+    def loss(generator):
+        modes.append(run.model.training)
+        if len(run.losses) == 5 and len(modes) == 6: raise KeyboardInterrupt
+        return loss_of(run.model)(generator)
+    rare = []
+    with pytest.raises(KeyboardInterrupt): run.go(loss, every=-1, progress=False, callbacks=[meddle, every_steps(3, lambda run: rare.append(len(run.losses)))])
+    run = fit(tmp_path / "run.safetensors", start=1)
+    run.go(loss, progress=False, callbacks=[meddle, every_steps(3, lambda run: rare.append(len(run.losses)))])
+    assert calls == list(range(1, STEPS + 1)) and rare == [3, 6, STEPS] and all(modes)
+    assert all(torch.equal(w, end[k]) for k, w in run.model.named_parameters())
+
+
+def test_averaged_weights_for_a_moment(undisturbed):
+    run = fit()
+    for _ in range(3): run.step(loss_of(run.model))
+    run.model.train()
+    with pytest.raises(KeyError), run.averaged() as model:
+        assert model is run.model and not model.training and not torch.is_grad_enabled()
+        assert all(torch.equal(w, run.average.weights[k]) for k, w in model.named_parameters())
+        raise KeyError
+    assert run.model.training and torch.is_grad_enabled()
+    assert_same(state(run), undisturbed[0][2])
+    for number in range(3, STEPS): run.step(loss_of(run.model))
+    assert_same(state(run), undisturbed[0][-1])
+
+
+def test_sparkline():
+    assert sparkline([1, 10, 100, 1000], 4) == "▁▃▆█" and sparkline([0, 1, 2, 7], 4) == "▁▂▃█"    # logarithmic, unless a value is 0
+    assert sparkline([], 5) == "" and sparkline([2.0], 5) == "▁" and sparkline([5] * 9, 4) == "▁▁▁▁"
+    assert sparkline(range(100), 10) == sparkline([4.5 + 10 * i for i in range(10)], 10) and len(sparkline(range(3), 10)) == 3
+
+
+def test_live_plot_in_a_terminal(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    clock = [0.0]
+    monkeypatch.setattr(sd_scratch.training.time, "monotonic", lambda: clock[0])
+    run, plot = fit(), LivePlot(seconds=10)
+    def loss(generator):
+        clock[0] += 4
+        return loss_of(run.model)(generator)
+    run.go(loss, progress=False, callbacks=[plot])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of ")[0].split()[-1] for line in lines] == ["1", "4", "7", "8"]
+    assert sparkline(run.losses) in lines[-1]
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii", write=lambda text: text.encode("ascii"), flush=lambda: None))
+    plot(run)                                                                        # a terminal without these characters doesn't stop the run
+    run.accelerator = SimpleNamespace(is_main_process=False)
+    monkeypatch.setattr(plot, "show", None)
+    plot(run)
+
+
+def test_live_plot_in_a_notebook(monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda picture: shown.append(picture.data))
+    def display(picture, display_id):
+        shown.append(picture.data)
+        return handle
+    import IPython.display
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=True))
+    run, plot = fit(), LivePlot(seconds=0)
+    run.go(loss_of(run.model), progress=False, callbacks=[plot])
+    assert len(shown) == STEPS and all(data.startswith(b"\x89PNG") for data in shown) and len(set(shown)) == STEPS
+    plot.show([1.0, 0.0, -1.0], 5)                                                   # no logarithm of these
+
+
+def test_a_loss_that_cant_be_used():
+    run = fit()
+    with pytest.raises(ValueError, match=r"at step 0: .*channels.*begins with 0.weight \(8, 3, 3, 3\), torch.float32.*shape") as error: run.step(lambda g: run.model(torch.randn(4, 1, 6, 6)).mean())
+    assert isinstance(error.value.__cause__, RuntimeError)
+    for wrong, said in ((lambda g: run.model(torch.randn(4, 3, 6, 6)).mean(1), r"the loss is \(4,\)"), (lambda g: loss_of(run.model)(g).item(), "single number"), (lambda g: loss_of(run.model)(g).detach(), "no_grad"),
+                        (lambda g: None, "the loss is None")):
+        with pytest.raises(ValueError, match=said): run.step(wrong)
+    def full(g): raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"): run.step(full)
+    with pytest.raises(KeyError): run.step(lambda g: {}["my own mistake"])
+    assert run.losses == [] and all(torch.equal(a, b) for a, b in zip(run.weights, network().parameters()))
+
+
+def test_divergence_says_where(tmp_path):
+    run = fit(tmp_path / "run.safetensors")
+    run.step(loss_of(run.model))
+    run.save()
+    kept = run.checkpoint.read_bytes()
+    def loss(generator): return loss_of(run.model)(generator) + (0 * run.weights[2]).sum().sqrt()
+    with pytest.raises(FloatingPointError) as error: run.go(loss, every=-1, progress=False)
+    for said in ("step 1", f"isn't finite from {run.names[2]} on", "clip (now 0.5)", "step_generator(3, 1)", f"{run.checkpoint} keeps an earlier step"): assert said in str(error.value)
+    assert run.checkpoint.read_bytes() == kept
+
+
+PROGRAM = """
+import os, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+import sd_scratch.training as training
+from test_training import SETTINGS, network
+accelerator = training.several_processes(cpu=True)
+assert accelerator.num_processes == 2
+written, save_file = [], training.save_file
+def counted(*args, **kwargs): written.append(1); save_file(*args, **kwargs)
+training.save_file = counted
+run = training.Fit(network(accelerator.process_index).to(accelerator.device), **(SETTINGS | dict(steps=20)), checkpoint=sys.argv[1], accelerator=accelerator)
+def loss(generator):
+    x = run.part(torch.randn(4, 3, 6, 6, generator=generator))
+    return (run.model(x) - 3 * x.mean((2, 3)).sum(1, keepdim=True)).square().mean()
+run.go(loss, every=-1, progress=False)
+total = sum(w.double().sum().item() for w in run.weights)
+print(f"\\nprocess {accelerator.process_index} wrote {len(written)} files, sum {total!r}, loss {run.losses[-1]!r}\\n", end="", flush=True)
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    "The tolerance: 20 steps of AdamW multiply what rounding does to the order of a sum; 1e-4 of a learning rate of 0.01 is 1e-6 a step."
+    pytest.importorskip("accelerate")
+    alone = fit(steps=20)
+    alone.go(loss_of(alone.model), progress=False)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no",
+                           "--dynamo_backend", "no", tmp_path / "program.py", tmp_path / "run.safetensors", ROOT / "tests"], capture_output=True, text=True, env=env)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert len(lines) == 2, done.stdout + done.stderr
+    assert "process 0 wrote 21 files" in lines[0] and "process 1 wrote 0 files" in lines[1]
+    assert lines[0].split("files")[1] == lines[1].split("files")[1]                  # the two agree to the last bit
+    together = fit(tmp_path / "run.safetensors", start=5, steps=20)                  # and a single process can go on with what they wrote
+    assert together.losses == pytest.approx(alone.losses, rel=1e-4)
+    together.go(None, progress=False)
+    for (name, a), b in zip(together.model.named_parameters(), alone.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_accelerator_of_one_process_changes_nothing(undisturbed):
+    pytest.importorskip("accelerate")
+    run = fit(accelerator=several_processes(cpu=True))
+    for _ in range(STEPS): run.step(loss_of(run.model))
+    assert_same(state(run), undisturbed[0][-1])
+
+
+def test_processes_that_dont_fit_together(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    class Two:
+        num_processes, process_index, is_main_process, device = 2, 1, False, torch.device("cpu")
+        def reduce(self, t, how): return t
+        def gather(self, t): return torch.cat([t, t + 5])
+    monkeypatch.setattr("accelerate.utils.broadcast", lambda t: t)
+    with pytest.raises(ValueError, match=r"steps \[0, 5\]: put the checkpoint into a folder that all of them see"): fit(accelerator=Two())
+    Two.gather = lambda self, t: torch.cat([t, t])
+    run = fit(tmp_path / "run.safetensors", accelerator=Two())
+    run.save()
+    assert not run.checkpoint.exists()                                               # only the first writes
+    assert run.part(torch.arange(6)).tolist() == [1, 3, 5] and run.part(["a", "b"]) == ["b"]
+    with pytest.raises(ValueError, match="a batch of 5 can't be divided evenly among 2 processes: make it a multiple of 2"): run.part(torch.zeros(5, 3))
+    Two.device = torch.device("meta")
+    with pytest.raises(ValueError, match="the model is on cpu, and this process computes on meta"): fit(accelerator=Two())
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match="pip install accelerate"): several_processes()
