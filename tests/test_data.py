@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -45,6 +45,7 @@ def held_out_things(scene): return [thing for thing in scene.things if (thing.co
 
 # the interface
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1, 3]))
 def test_a_batch_is_the_bytes_as_floats(seed, channels):
     pictures = torch.randint(0, 256, (5, channels, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -72,11 +73,13 @@ def test_wrong_pictures_are_refused(pictures):
 
 # the grammar of shapes
 
+@settings(deadline=None)
 @given(scenes)
 def test_a_caption_is_read_back(scene):
     assert parse_caption(scene.caption) == scene == parse_caption(scene.caption.upper())
 
 
+@settings(deadline=None)
 @given(scenes)
 def test_true_captions_mean_the_same(scene):
     assert len(scene.captions) == len({*scene.captions}) and scene.caption in scene.captions
@@ -105,6 +108,7 @@ def test_a_caption_that_is_not_understood_says_why(caption, words):
     assert words in str(error.value) and repr(caption) in str(error.value) and "looks like" in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_read_or_refused(text):
     with pytest.raises(ValueError): parse_caption(text)
@@ -117,6 +121,7 @@ def test_impossible_scenes_are_refused():
     with pytest.raises(ValueError, match="can't be seen"): draw_scene(Scene((Thing("small", "black", "star"),), None, "black"), random.Random(0))
 
 
+@settings(deadline=None)
 @given(scenes, seeds)
 def test_a_mirror_swaps_left_and_right_only(scene, seed):
     other = {"left of": "right of", "right of": "left of", "above": "above", "below": "below", None: None}
@@ -149,6 +154,7 @@ def test_held_out_takes_each_colour_and_shape_once():
     assert len({color for color, _ in HELD_OUT}) == 4 and {shape for _, shape in HELD_OUT} == set(SHAPES)
 
 
+@settings(deadline=None)
 @given(scenes)
 def test_nothing_is_invisible(scene):
     assert all(COLORS[thing.color] != BACKGROUNDS[scene.background] for thing in scene.things)
@@ -183,6 +189,7 @@ def test_attributes_are_uniform():
 
 # drawn scenes
 
+@settings(deadline=None)
 @given(scenes, seeds)
 def test_things_lie_apart_inside_and_as_the_caption_says(scene, seed):
     places = data._places(scene, random.Random(seed))
@@ -196,6 +203,7 @@ def test_things_lie_apart_inside_and_as_the_caption_says(scene, seed):
         assert toward >= r0 + r1 + .04 and abs(aside) < .4*toward
 
 
+@settings(deadline=None)
 @given(scenes, seeds)
 def test_the_picture_shows_what_the_caption_says(scene, seed):
     image = draw_scene(scene, random.Random(seed))
