@@ -6,7 +6,7 @@
 __all__ = ['show_map', 'data_folder', 'weights_folder', 'emoji_font', 'whole_file', 'whole_folder', 'pick_device', 'to_tensor',
            'to_image', 'image_grid', 'show_images', 'exercise']
 
-# %% ../nbs/00_start.ipynb #40017ebb
+# %% ../nbs/00_start.ipynb #ee6bb2b4
 import os
 import shutil
 import textwrap
@@ -22,7 +22,7 @@ import torch
 from fastcore.xdg import xdg_cache_home
 from PIL import Image, ImageDraw, ImageFont
 
-# %% ../nbs/00_start.ipynb #46a7060d
+# %% ../nbs/00_start.ipynb #a1c74ce2
 _MODES = dict(
     drawing=dict(                       # part: (label, column, row)
         boxes=dict(prompt=("prompt\n“red heart”", 0, 1), tokenizer=("tokenizer\nwords → numbers", 1, 1), text=("text encoder\nCLIP", 2, 1),
@@ -67,20 +67,20 @@ def show_map(
     plt.close(fig)
     return fig
 
-# %% ../nbs/00_start.ipynb #64b11fc1
+# %% ../nbs/00_start.ipynb #4528f68b
 def data_folder(
 ) -> Path:  # it need not exist yet
     "Say where data sets are kept: `$SD_SCRATCH_DATA`, or `sd_scratch` in the user's cache folder."
     named = os.environ.get("SD_SCRATCH_DATA")
     return Path(named).expanduser() if named else xdg_cache_home()/"sd_scratch"
 
-# %% ../nbs/00_start.ipynb #eb5f670f
+# %% ../nbs/00_start.ipynb #6fa61cb3
 def weights_folder(
 ) -> Path:  # a folder of the installed package
     "Say where the weights are that ship with the package."
     return Path(str(files("sd_scratch")))/"weights"
 
-# %% ../nbs/00_start.ipynb #ff188f90
+# %% ../nbs/00_start.ipynb #a12b5da4
 _FONT_FOLDERS = ("~/.local/share/fonts", "~/.fonts", "/usr/share/fonts", "/usr/local/share/fonts", "~/Library/Fonts", "/Library/Fonts",
                  "/System/Library/Fonts", "~/AppData/Local/Microsoft/Windows/Fonts", "C:/Windows/Fonts")
 _FONT_NAMES = ("NotoColorEmoji.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")
@@ -96,7 +96,7 @@ def emoji_font(
         "on Fedora `dnf install google-noto-color-emoji-fonts`, on Arch `pacman -S noto-fonts-emoji`; on macOS and Windows the system's own font is "
         "used, or put NotoColorEmoji.ttf (https://github.com/googlefonts/noto-emoji) into your fonts folder")
 
-# %% ../nbs/00_start.ipynb #1d7bf559
+# %% ../nbs/00_start.ipynb #2c5b1aec
 def _beside(path): return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
 
 @contextmanager
@@ -112,7 +112,7 @@ def whole_file(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_start.ipynb #a5534aa2
+# %% ../nbs/00_start.ipynb #84080741
 @contextmanager
 def whole_folder(
     path,  # where the folder shall be; a folder already there is replaced
@@ -134,7 +134,7 @@ def whole_folder(
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_start.ipynb #151f4676
+# %% ../nbs/00_start.ipynb #01363514
 def pick_device(
     name=None,         # "cuda", "cuda:1", "mps", "cpu"; None picks the fastest that is there
 ) -> torch.device:
@@ -147,7 +147,7 @@ def pick_device(
     if str(name) not in there: raise ValueError(f"there is no device {str(name)!r} here; this machine has {', '.join(there)}")
     return torch.device(name)
 
-# %% ../nbs/00_start.ipynb #9a7a7ebc
+# %% ../nbs/00_start.ipynb #f7b5c082
 def to_tensor(
     image,             # PIL image, any mode
 ) -> torch.Tensor:     # float (3, H, W) in [-1, 1]
@@ -157,7 +157,7 @@ def to_tensor(
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)     # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)/127.5 - 1      # (H, W, 3) -> (3, H, W)
 
-# %% ../nbs/00_start.ipynb #0bdf4390
+# %% ../nbs/00_start.ipynb #c58b7410
 def to_image(
     x,                 # float (3, H, W) or (1, H, W) in [-1, 1]
 ) -> Image.Image:      # RGB
@@ -167,7 +167,7 @@ def to_image(
     pixels = ((x.clamp(-1, 1) + 1)*127.5).round().to(torch.uint8).expand(3, -1, -1)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())     # (3, H, W) -> (H, W, 3)
 
-# %% ../nbs/00_start.ipynb #ec87b27b
+# %% ../nbs/00_start.ipynb #877569c2
 def _label_lines(text, font, width):
     average = font.getlength("abcdefghijklmnopqrstuvwxyz ")/27
     return textwrap.wrap(str(text), max(4, int(width/average)))
@@ -199,7 +199,7 @@ def image_grid(
         for k, line in enumerate(labels[i]): pen.text((x + width/2, y + height + 2 + 13*k), line, fill="#444444", font=font, anchor="ma")
     return grid
 
-# %% ../nbs/00_start.ipynb #d5b57711
+# %% ../nbs/00_start.ipynb #ac1f7ec9
 def show_images(
     images,        # pictures: a tensor (N, 3, H, W) or a list of tensors and PIL images
     titles=None,   # a text under each picture
@@ -216,7 +216,7 @@ def show_images(
     image_grid(images, columns, pad, scale or max(1, round(100/wide)), "#e9ecef", titles).save(file, "JPEG", quality=quality)
     display(Shown(data=file.getvalue(), format="jpeg"))
 
-# %% ../nbs/00_start.ipynb #7a62e1cb
+# %% ../nbs/00_start.ipynb #6bffcc02
 def exercise(
     check,  # function of an answer: raises AssertionError with a helpful message if it is wrong
 ):          # the same function, for stubs: says "not solved yet" of an empty one and "correct" of a right one

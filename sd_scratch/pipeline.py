@@ -396,7 +396,7 @@ def run(self:Trainer):  # `StableDiffusion`
         for kind, title in dict(seen="combinations seen in training", held_out="combinations held out").items():
             one, two = (report[kind][key] for key in ("one", "two"))
             self.say(f"prompt accuracy, {title}: {one['accuracy']:.1%} of {one['prompts']} prompts with one object, {two['accuracy']:.1%} of {two['prompts']} with two")
-    for name in ("vae", "clip", "unet"): (self.notes / f"{name}.safetensors").unlink(missing_ok=True)
+    for checkpoint in self.notes.glob("*.safetensors*"): checkpoint.unlink()
     return pipe
 
 # %% ../nbs/17_pipeline.ipynb #cc898d1b

@@ -6,7 +6,7 @@
 __all__ = ['BEGIN', 'END', 'LETTERS', 'BYTES', 'WORD', 'byte_letters', 'clean', 'split_words', 'spell', 'merge_pair',
            'learn_merges', 'merge_word', 'CLIPTokenizer', 'read_vocabulary']
 
-# %% ../nbs/08_tokenizer.ipynb #0c7ff8e7
+# %% ../nbs/08_tokenizer.ipynb #8c76c2bb
 import json
 import unicodedata
 from collections import Counter, defaultdict
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .course import whole_file
 from .layers import read_json
 
-# %% ../nbs/08_tokenizer.ipynb #531a0684
+# %% ../nbs/08_tokenizer.ipynb #bc79590f
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 def byte_letters(
@@ -33,7 +33,7 @@ def byte_letters(
 LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
-# %% ../nbs/08_tokenizer.ipynb #39333c50
+# %% ../nbs/08_tokenizer.ipynb #29379176
 def clean(
     text: str,  # any text
 ) -> str:       # composed characters, single spaces, small letters
@@ -41,7 +41,7 @@ def clean(
     spaced = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text))
     return "".join(letter.lower() for letter in spaced)
 
-# %% ../nbs/08_tokenizer.ipynb #475962e6
+# %% ../nbs/08_tokenizer.ipynb #36388094
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 def split_words(
@@ -53,7 +53,7 @@ def split_words(
         words += [word[:2], word[2:-2], word[-2:]] if word in (BEGIN, END) else [word]
     return words
 
-# %% ../nbs/08_tokenizer.ipynb #d9122818
+# %% ../nbs/08_tokenizer.ipynb #566eff16
 def spell(
     word: str,   # one word
 ) -> list[str]:  # a letter for each byte, the last one with "</w>"
@@ -61,7 +61,7 @@ def spell(
     letters = [LETTERS[byte] for byte in word.encode("utf-8")]
     return letters[:-1] + [letters[-1] + "</w>"]
 
-# %% ../nbs/08_tokenizer.ipynb #42842d05
+# %% ../nbs/08_tokenizer.ipynb #5aa245e0
 def merge_pair(
     symbols: list[str],     # a spelled word
     pair: tuple[str, str],  # two neighbours
@@ -73,7 +73,7 @@ def merge_pair(
         else: merged.append(symbol)
     return merged
 
-# %% ../nbs/08_tokenizer.ipynb #b13b86a1
+# %% ../nbs/08_tokenizer.ipynb #70eac427
 def learn_merges(
     words: dict[str, int],    # word -> how often it occurs
     count: int,               # merges wanted
@@ -97,7 +97,7 @@ def learn_merges(
             add(word, +1)
     return merges
 
-# %% ../nbs/08_tokenizer.ipynb #3098b42b
+# %% ../nbs/08_tokenizer.ipynb #84a0e099
 def merge_word(
     word: str,                         # one word
     ranks: dict[tuple[str, str], int], # pair -> its place in the order of learning
@@ -110,7 +110,7 @@ def merge_word(
         symbols = merge_pair(symbols, pair)
     return symbols
 
-# %% ../nbs/08_tokenizer.ipynb #087d45fc
+# %% ../nbs/08_tokenizer.ipynb #f9210158
 class CLIPTokenizer:
     "Turn text into token ids and back, as CLIP does: byte-pair encoding of clean, small-letter words."
     def __init__(
@@ -162,7 +162,7 @@ class CLIPTokenizer:
         "Turn `text` into ids, between those of the begin and the end token."
         return [self.bos_token_id, *(self.vocab.get(token, self.eos_token_id) for token in self.tokenize(text)), self.eos_token_id]
 
-# %% ../nbs/08_tokenizer.ipynb #e132cfb8
+# %% ../nbs/08_tokenizer.ipynb #96094a1f
 @patch(cls_method=True)
 def train(
     cls: CLIPTokenizer,
@@ -182,7 +182,7 @@ def train(
     tokens = dict.fromkeys([*letters, *map("".join, merges), BEGIN, END])
     return cls({token: id for id, token in enumerate(tokens)}, merges, model_max_length)
 
-# %% ../nbs/08_tokenizer.ipynb #3a403ee3
+# %% ../nbs/08_tokenizer.ipynb #7e346838
 @patch
 def __call__(
     self: CLIPTokenizer,
@@ -197,7 +197,7 @@ def __call__(
     rows = [self.encode(text)[:-1][:length - 1] + [self.eos_token_id] for text in texts]
     return torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows])      # (B, length)
 
-# %% ../nbs/08_tokenizer.ipynb #2fca879b
+# %% ../nbs/08_tokenizer.ipynb #be743199
 @patch
 def decode(
     self: CLIPTokenizer,
@@ -210,7 +210,7 @@ def decode(
     letters = "".join(self.tokens[id] for id in ids if id not in (self.bos_token_id, self.eos_token_id, self.pad_token_id))
     return bytes(BYTES[letter] for letter in letters).decode("utf-8", errors="replace").replace("</w>", " ").strip()
 
-# %% ../nbs/08_tokenizer.ipynb #31e89cb0
+# %% ../nbs/08_tokenizer.ipynb #6476fb07
 @patch
 def truncated(
     self: CLIPTokenizer,
@@ -223,7 +223,7 @@ def truncated(
         if room < 0: return self.decode([self.vocab.get(token, self.eos_token_id) for tokens in words[n:] for token in tokens])
     return ""
 
-# %% ../nbs/08_tokenizer.ipynb #02ddd932
+# %% ../nbs/08_tokenizer.ipynb #8cf11026
 def read_vocabulary(
     folder: Path,                                          # holds vocab.json and merges.txt, or tokenizer.json
 ) -> tuple[dict[str, int], list[tuple[str, str]], dict]:   # vocabulary, merges, tokens added beside them
@@ -248,7 +248,7 @@ def read_vocabulary(
         raise ValueError(f"{source}: the vocabulary must give each token a whole number, 0 or more")
     return vocab, merges, added
 
-# %% ../nbs/08_tokenizer.ipynb #dff584ad
+# %% ../nbs/08_tokenizer.ipynb #93fa8030
 @patch(cls_method=True)
 def from_pretrained(
     cls: CLIPTokenizer,
@@ -266,7 +266,7 @@ def from_pretrained(
     if type(length) is not int or length < 2: raise ValueError(f"{folder}: model_max_length must be a whole number of at least 2, not {length!r}")
     return cls(vocab, merges, length if length < 10**6 else 77, pad.get("content") if isinstance(pad, dict) else str(pad))
 
-# %% ../nbs/08_tokenizer.ipynb #79100a48
+# %% ../nbs/08_tokenizer.ipynb #8798a913
 @patch
 def save_pretrained(
     self: CLIPTokenizer,

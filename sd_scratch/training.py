@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join', 'draw', 'step_generator', 'seeded', 'Fit', 'every_steps', 'sparkline', 'LivePlot', 'several_processes']
 
-# %% ../nbs/04_training.ipynb #60abcbb4
+# %% ../nbs/04_training.ipynb #ae687556
 import json
 import os
 import random
@@ -30,7 +30,7 @@ from .course import whole_file
 from .data import CaptionedPictures
 from .optimizers import ExponentialMovingAverage, one_cycle
 
-# %% ../nbs/04_training.ipynb #53498489
+# %% ../nbs/04_training.ipynb #c8a1969f
 def join(
     datasets,  # list of `CaptionedPictures`
     shares,    # list of numbers: how large a share of what is drawn comes from each
@@ -43,7 +43,7 @@ def join(
     weights = torch.cat([torch.full((len(d),), share / sum(shares) / len(d)) for d, share in zip(datasets, shares)])
     return CaptionedPictures(pictures, [c for d in datasets for c in d.captions], "+".join(d.name for d in datasets), datasets[0].split), weights
 
-# %% ../nbs/04_training.ipynb #99201c75
+# %% ../nbs/04_training.ipynb #c4043f4a
 def draw(
     weights,    # (N,) weight of each picture
     count,      # how many
@@ -53,7 +53,7 @@ def draw(
     if not len(weights): raise ValueError("there are no pictures to draw from: the data set is empty")
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
-# %% ../nbs/04_training.ipynb #59f5ab33
+# %% ../nbs/04_training.ipynb #88394d1c
 def step_generator(
     seed,  # of the run
     step,  # number of the step, from 0
@@ -61,7 +61,7 @@ def step_generator(
     "Make the source of all that is random in one step: a run that goes on after a stop draws what it would have drawn"
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
-# %% ../nbs/04_training.ipynb #fce70f14
+# %% ../nbs/04_training.ipynb #1f3ff772
 @contextmanager
 def seeded(
     number,  # any integer
@@ -74,7 +74,7 @@ def seeded(
         try: yield
         finally: random.setstate(python), np.random.set_state(array)
 
-# %% ../nbs/04_training.ipynb #859c305b
+# %% ../nbs/04_training.ipynb #784e6f68
 class Fit:
     "One training run that can be stopped and gone on with: a model, its optimizer, its averaged weights and its losses so far"
     def __init__(self,
@@ -120,7 +120,7 @@ def _agree_on_start(accelerator, step):
     starts = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(starts)) > 1: raise ValueError(f"the processes would begin at the steps {starts}: put the checkpoint into a folder that all of them see")
 
-# %% ../nbs/04_training.ipynb #6daa07cf
+# %% ../nbs/04_training.ipynb #cd652218
 @patch
 def step(self:Fit,
     loss,  # function of a torch.Generator: draws a batch, returns the loss
@@ -173,7 +173,7 @@ def _diverged(self:Fit, number, value, length, rate):
     return (f"at step {number} the loss is {value.item():g} and its gradient {length.item():g} long{where}: the run has diverged at a learning rate of {rate:g}; lower its peak (lr={self.lr:g}) "
             f"or clip (now {self.clip:g}), or look at the batch, which loss(step_generator({self.seed}, {number})) draws again{kept}")
 
-# %% ../nbs/04_training.ipynb #7d5a8b3c
+# %% ../nbs/04_training.ipynb #28a5e814
 def _checksum(run, tensors):
     "Sum up names, shapes and every byte in one number"
     total = crc32(run.encode())
@@ -205,7 +205,7 @@ def _second_name(file, name):
         try: os.link(file, path)
         except OSError: shutil.copyfile(file, path)
 
-# %% ../nbs/04_training.ipynb #255b0de9
+# %% ../nbs/04_training.ipynb #48f09718
 def _read(path):
     "Read a checkpoint, if every byte is as it was written"
     try:
@@ -240,7 +240,7 @@ def load(self:Fit):
             taken = tensors.get(f"taken/{name}", torch.tensor(float(len(self.losses)))).to(weight.device)
             self.optimizer.state[weight] = dict(step=taken, exp_avg=like("mean"), exp_avg_sq=like("square"))
 
-# %% ../nbs/04_training.ipynb #9df24817
+# %% ../nbs/04_training.ipynb #92625501
 @patch
 def go(self:Fit,
     loss,           # function of a torch.Generator: draws a batch, returns the loss
@@ -270,7 +270,7 @@ def go(self:Fit,
     self.model.to(memory_format=torch.contiguous_format).eval()  # as a model read from a file: the same numbers, to the last bit
     return self.losses
 
-# %% ../nbs/04_training.ipynb #efef06b5
+# %% ../nbs/04_training.ipynb #67a79696
 def every_steps(
     count,     # of steps
     callback,  # function of a `Fit`
@@ -278,7 +278,7 @@ def every_steps(
     "Call a callback after every so many steps only, and after the last"
     return lambda run: callback(run) if len(run.losses) % count == 0 or len(run.losses) == run.steps else None
 
-# %% ../nbs/04_training.ipynb #c474d2e1
+# %% ../nbs/04_training.ipynb #a1b41001
 def sparkline(
     values,    # list of numbers
     width=40,  # characters
@@ -290,7 +290,7 @@ def sparkline(
     heights = np.round(7 * (values - values.min()) / spread) if spread else np.zeros(len(values))
     return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
 
-# %% ../nbs/04_training.ipynb #71c43db0
+# %% ../nbs/04_training.ipynb #c84370bb
 class LivePlot:
     "Show the losses while a run goes on, as a callback: a figure that redraws itself in a notebook, a line of text in a terminal"
     def __init__(self,
@@ -320,7 +320,7 @@ class LivePlot:
         if self.handle: self.handle.update(picture)
         else: self.handle = display(picture, display_id=True)
 
-# %% ../nbs/04_training.ipynb #2ca06d73
+# %% ../nbs/04_training.ipynb #e558f292
 @patch
 @contextmanager
 def averaged(self:Fit):  # the model, with the averaged weights and in evaluation mode
@@ -333,7 +333,7 @@ def averaged(self:Fit):  # the model, with the averaged weights and in evaluatio
             for weight, mine in zip(self.weights, kept): weight.copy_(mine)
             self.model.train(training)
 
-# %% ../nbs/04_training.ipynb #d41d149e
+# %% ../nbs/04_training.ipynb #81ff5273
 @patch
 def part(self:Fit,
     batch,  # (B, ...) tensor, or list of B things: the whole batch, for all processes
@@ -346,7 +346,7 @@ def part(self:Fit,
 
 
 
-# %% ../nbs/04_training.ipynb #7f28e042
+# %% ../nbs/04_training.ipynb #8a97198b
 def several_processes(
     cpu=False,  # compute on the processor even where there are GPUs?
 ):              # an `accelerate.Accelerator`: its `device` is this process's

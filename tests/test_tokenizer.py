@@ -1,13 +1,15 @@
 "The tokenizer gives the ids that transformers' CLIPTokenizer gives with the same files, learns what a recount learns, and says what is wrong with bad input."
 import json, pickle, random, time, unicodedata
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from transformers import CLIPTokenizer as Reference
 
+from sd_scratch.course import weights_folder
 from sd_scratch.data import emoji_captions, random_scene
+from sd_scratch.exercises import tokenizer as exercises
 from sd_scratch.tokenizer import BEGIN, BYTES, END, CLIPTokenizer, clean, learn_merges, merge_pair, spell, split_words
 
 SPECIALS = [BEGIN, END, BEGIN.upper(), "<|EndOfText|>", "<|", "|>", "</w>", "startoftext"]
@@ -354,3 +356,63 @@ def test_windows_line_ends(folder, trained):
 
 def test_all_bytes_have_a_letter():
     assert sorted(BYTES.values()) == list(range(256)) and not any(letter.isspace() for letter in BYTES)
+
+
+# --- what later parts rely on
+
+
+def test_encoding_again_what_was_decoded(trained, captions):
+    "Decoding puts spaces between words, never inside one: the ids stay."
+    for caption in captions[:3_000] + ["woman's hat", "jack-o-lantern", "½ Café ❤", "don't!?", "12:30", "(^_^)"]:
+        ids = trained.encode(caption)
+        assert trained.encode(trained.decode(ids)) == ids, caption
+
+
+def test_one_row_of_the_table_reaches_the_captions_with_its_token_only(trained, captions):
+    rows, heart = trained(captions[:1_376]), trained.vocab["heart</w>"]
+    with_heart = [n for n, caption in enumerate(captions[:1_376]) if "heart" in split_words(clean(caption))]
+    assert (rows == heart).any(1).nonzero().flatten().tolist() == with_heart and len(with_heart) > 10
+
+
+def test_what_is_returned_can_be_changed(trained):
+    "The cache of encoded words stays as it is."
+    want = trained.encode("a red saxophone")
+    trained.tokenize("saxophone").clear(); trained.encode("saxophone").clear(); trained("saxophone").zero_()
+    assert trained.encode("a red saxophone") == want
+
+
+def test_tokenizers_share_nothing(trained):
+    small = CLIPTokenizer(trained.vocab, trained.merges[:10])
+    assert trained.tokenize("heart") == ["heart</w>"] and len(small.tokenize("heart")) > 1 and trained.tokenize("heart") == ["heart</w>"]
+    other = CLIPTokenizer(trained.vocab, trained.merges, pad_token="!")
+    assert other.encode("red!")[-2] == 0 != trained.encode("red!")[-2]
+
+
+def test_the_shipped_tokenizer_agrees_with_transformers(strings):
+    folder = weights_folder() / "tiny" / "tokenizer"
+    assert not differences(CLIPTokenizer.from_pretrained(folder), Reference.from_pretrained(folder), strings[:1_000])
+
+
+# --- the exercises' checks
+
+
+def shortest(word, vocabulary):
+    "Find a shortest cut by trying all of them."
+    letters = spell(word)
+    cuts = ([letters[i:j] for i, j in pairwise([0, *places, len(letters)])] for count in range(len(letters)) for places in combinations(range(1, len(letters)), count))
+    return next(["".join(piece) for piece in cut] for cut in cuts if all(len(piece) == 1 or "".join(piece) in vocabulary for piece in cut))
+
+
+@pytest.mark.parametrize("name, right, wrong, message", [
+    ("letters", 10, 9, "9 is not right"),
+    ("pair_counts", lambda words: Counter(pair for word, n in words.items() for _ in range(n) for pair in pairwise(word)), lambda words: {}, "the last one too"),
+    ("fit", lambda tokenizer, text, length: max((" ".join(text.split()[:n]) for n in range(9) if len(tokenizer.encode(" ".join(text.split()[:n]))) <= length), key=len), lambda *given: "", "fits as well"),
+    ("table_gradient", lambda ids, grad, size: torch.stack([grad[ids == row].sum(0) for row in range(size)]), lambda ids, grad, size: torch.zeros(size, 3), "one place"),
+    ("best_cut", shortest, lambda word, vocabulary: spell(word), "pieces are enough"),
+])
+def test_checks_know_right_from_wrong(name, right, wrong, message, capsys):
+    check = getattr(exercises, f"check_{name}")
+    check(right)
+    check(None)
+    assert capsys.readouterr().out == "correct\nnot solved yet\n"
+    with pytest.raises(AssertionError, match=message): check(wrong)

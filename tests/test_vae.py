@@ -1,17 +1,32 @@
 "The autoencoder against diffusers': numbers, folders in both directions, older names; its loss; bad input."
 import json
 import pickle
+from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
+from oracles import close, randomised
 from safetensors.torch import load_file, save_file
-from test_layers import Intruder, close, randomised, same
 
-from sd_scratch.vae import AutoencoderKL, DiagonalGaussian, autoencoder_loss, psnr
+import sd_scratch.autoencoder
+import sd_scratch.vae
+from sd_scratch.course import weights_folder
+from sd_scratch.vae import AutoencoderKL, DiagonalGaussian, autoencoder_loss
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Intruder:
+    "What unpickling runs."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+def same(a, b, rtol=0, atol=0):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a: torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol)
 
 
 def configuration(*widths, **options):
@@ -135,11 +150,25 @@ def test_kl_is_torchs():
     close(latent.kl(), torch.distributions.kl_divergence(normal(latent.mean, latent.std), normal(0., 1.)).sum((1, 2, 3)))
 
 
-def test_psnr():
-    a, b = (torch.rand(2, 3, 8, 8) * 2 - 1 for _ in range(2))
-    close(psnr(a, b), torch.tensor(10 * np.log10(4 / np.mean((a - b).numpy() ** 2, (1, 2, 3))), dtype=torch.float32))
-    assert psnr(a.sign(), 1.5 * a.sign()).isinf().all()            # what lies outside [-1, 1] is drawn as the end of the range
-    assert (psnr(a, a + 0.1 * b) > psnr(a, a + 0.2 * b)).all()
+def test_kl_is_an_average_of_log_ratios():
+    latent, p = DiagonalGaussian(torch.tensor([1.5, -0.5, -1.0, 0.7]).view(1, 4, 1, 1)), torch.distributions.Normal(0., 1.)
+    q = torch.distributions.Normal(latent.mean, latent.std)
+    z = q.sample((200_000,))
+    estimates = (q.log_prob(z) - p.log_prob(z)).flatten(1).sum(1)
+    assert abs(estimates.mean() - latent.kl()) < 4 * estimates.std() / 200_000**0.5
+
+
+def test_gradient_goes_through_the_draw():
+    "The mean's gradient is 1, that of the logarithm of the variance half of what was added to the mean."
+    moments = torch.randn(3, 8, 2, 2, requires_grad=True)
+    latent = DiagonalGaussian(moments)
+    z = latent.sample(torch.Generator().manual_seed(0))
+    by_mean, by_logvar = torch.autograd.grad(z.sum(), moments)[0].chunk(2, dim=1)
+    close(by_mean, torch.ones_like(by_mean))
+    close(by_logvar, ((z - latent.mean) / 2).detach())
+
+
+def test_psnr_is_the_autoencoders(): assert sd_scratch.vae.psnr is sd_scratch.autoencoder.psnr
 
 
 def test_loss_is_its_three_terms():
@@ -184,6 +213,44 @@ def test_options_not_implemented(option, message):
 
 def test_diffusers_own_options_are_known():
     assert AutoencoderKL(**diffusers.AutoencoderKL(**CONFIGS[1]).config).config.keys() == AutoencoderKL.defaults.keys()
+
+
+@pytest.fixture
+def three_stages(): return AutoencoderKL(**configuration(4, 4, 4, norm_num_groups=2)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("pictures, message", [
+    (torch.zeros(3, 8, 8), r"float tensor \(B, 3, H, W\) .*not torch.float32 \(3, 8, 8\): x\[None\] makes"),
+    (torch.zeros(2, 1, 8, 8), r"takes 3 channels, and the pictures \(2, 1, 8, 8\) have 1"),
+    (torch.zeros(2, 8, 8, 3), "takes 3 channels"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"not torch.uint8 \(2, 3, 8, 8\)"),
+    (torch.zeros(1, 3, 30, 32), "multiples of 4, not 30×32"),
+    (torch.zeros(1, 3, 32, 6), "multiples of 4, not 32×6"),
+    (torch.full((1, 3, 8, 8), 255.), "from 255 to 255: .*x / 127.5 - 1"),
+    (torch.zeros(1, 3, 8, 8).index_fill(3, torch.tensor(2), float("nan")), "nan")])
+def test_what_is_no_picture_is_refused(three_stages, pictures, message):
+    "With the number of channels and the factor of this very network."
+    for door in three_stages.encode, three_stages, lambda x: autoencoder_loss(three_stages, x, None):
+        with pytest.raises(ValueError, match=message): door(pictures)
+
+
+def test_one_stage_takes_any_size():
+    vae = AutoencoderKL(**CONFIGS[2]).requires_grad_(False)
+    assert vae.encode(torch.zeros(1, 1, 7, 5)).mean.shape == (1, 4, 7, 5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 8, 8, 4)])
+def test_what_is_no_latent_is_refused(three_stages, shape):
+    with pytest.raises(ValueError, match=r"latents are a tensor \(B, 4, h, w\), and this one has the shape \(" + ", ".join(map(str, shape))): three_stages.decode(torch.zeros(shape))
+
+
+def test_shipped_folder_opens_in_diffusers():
+    ours = AutoencoderKL.from_pretrained(weights_folder() / "tiny" / "vae").requires_grad_(False)
+    theirs = diffusers.AutoencoderKL.from_pretrained(weights_folder() / "tiny" / "vae").requires_grad_(False)
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    close(ours.encode(pictures).mean, theirs.encode(pictures).latent_dist.mean)
+    close(ours.decode(ours.encode(pictures).mean), theirs.decode(theirs.encode(pictures).latent_dist.mean).sample)
+    assert ours.config["scaling_factor"] == theirs.config.scaling_factor
 
 
 def pickled(folder):
