@@ -465,5 +465,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'sd_scratch.vae.Encoder.__init__': ('vae.html#encoder.__init__', 'sd_scratch/vae.py'),
                                 'sd_scratch.vae.Encoder.forward': ('vae.html#encoder.forward', 'sd_scratch/vae.py'),
                                 'sd_scratch.vae.autoencoder_loss': ('vae.html#autoencoder_loss', 'sd_scratch/vae.py'),
-                                'sd_scratch.vae.check_pictures': ('vae.html#check_pictures', 'sd_scratch/vae.py'),
                                 'sd_scratch.vae.middle': ('vae.html#middle', 'sd_scratch/vae.py')}}}

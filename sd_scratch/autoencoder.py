@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['psnr', 'check_pictures', 'Autoencoder']
 
-# %% ../nbs/06_ae.ipynb #73721abc
+# %% ../nbs/06_ae.ipynb #74bf3fb6
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .layers import Downsample2D, ResnetBlock2D, Upsample2D
 
-# %% ../nbs/06_ae.ipynb #4bb9ac5d
+# %% ../nbs/06_ae.ipynb #f0a954c7
 def psnr(
     a,  # (B, ...) pictures in [-1, 1]
     b,  # the same, drawn again
@@ -20,7 +20,7 @@ def psnr(
     "Measure likeness: the peak signal's power over the mean squared error's, in decibels; 3 dB more is half the squared error"
     return 10 * torch.log10(4 / (a - b.clamp(-1, 1)).square().flatten(1).mean(1))
 
-# %% ../nbs/06_ae.ipynb #33fce819
+# %% ../nbs/06_ae.ipynb #90e5f970
 def check_pictures(
     pictures,    # what is about to be encoded: should be float (B, channels, H, W) in [-1, 1]
     channels=3,  # that the network takes
@@ -40,7 +40,7 @@ def check_pictures(
     if not (-1.001 <= low and high <= 1.001):
         raise ValueError(f"pixels lie in [-1, 1], and these from {low:.4g} to {high:.4g}: 2 * x - 1 moves pixels from [0, 1], x / 127.5 - 1 from [0, 255]; clamp what goes a little too far")
 
-# %% ../nbs/06_ae.ipynb #8a8daaef
+# %% ../nbs/06_ae.ipynb #343f0ce7
 class Autoencoder(nn.Module):
     "Squeeze pictures through a few numbers and draw them again (Hinton & Salakhutdinov 2006), beside a linear shortcut if one is given"
     def __init__(self,

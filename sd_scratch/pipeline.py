@@ -416,7 +416,7 @@ def seconds_per_step(
     ids = torch.full((plan.clip_batch, length), plan.vocab_size - 1, device=device)
     ids[:, 0] = torch.arange(plan.clip_batch, device=device) % plan.vocab_size
     latents, text = noise(plan.unet_batch, unet.config["in_channels"], w["unet"]["sample_size"], w["unet"]["sample_size"]), noise(plan.unet_batch, length, w["unet"]["cross_attention_dim"])
-    losses = dict(vae=(vae, lambda g: autoencoder_loss(vae, noise(plan.vae_batch, 3, side, side), g)),
+    losses = dict(vae=(vae, lambda g: autoencoder_loss(vae, noise(plan.vae_batch, 3, side, side).clamp(-1, 1), g)),
                   clip=(clip, lambda g: contrastive_loss(clip(ids, noise(plan.clip_batch, 3, side, side)), ids)),
                   unet=(unet, lambda g: denoising_loss(unet, schedule, latents, text, g)))
     found = {}
