@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 
+from .autoencoder import psnr
 from .clip import CLIPModel, CLIPTextModel, contrastive_loss
 from .course import image_grid, pick_device, to_image, weights_folder, whole_file
 from .data import DATASETS, CaptionedPictures, load_data, shapes
@@ -27,9 +28,9 @@ from .layers import read_json
 from .noise import NoiseSchedule
 from .samplers import ddim, draw_noise, sampling_steps
 from .tokenizer import CLIPTokenizer
-from .training import Fit, draw, join, step_generator
+from .training import Fit, draw, join, seeded, step_generator
 from .unet import UNet2DConditionModel
-from .vae import AutoencoderKL, autoencoder_loss, psnr
+from .vae import AutoencoderKL, autoencoder_loss
 
 # %% ../nbs/17_pipeline.ipynb #af4b327b
 def shipped_models():  # list of names
@@ -178,7 +179,7 @@ class Plan:
     vae_steps: int = 7000
     clip_steps: int = 7000
     unet_steps: int = 24_000
-    vae_lr: float = 1.5e-3                                                                    # peak of the learning rate
+    vae_lr: float = 1.5e-3                                                                  # peak of the learning rate
     clip_lr: float = 1e-3
     unet_lr: float = 1.2e-3
     vae_batch: int = 16                                                                     # pictures in a step
@@ -256,9 +257,7 @@ def model(self:Trainer,
     config,   # its options
 ):            # a fresh network on the device
     "Make a network from the plan's seed"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(self.plan.seed)
-        return network(**config).to(self.device)
+    with seeded(self.plan.seed): return network(**config).to(self.device)
 
 @patch
 def fit(self:Trainer,

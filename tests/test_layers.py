@@ -11,7 +11,7 @@ from diffusers.models.downsampling import Downsample2D as TheirDownsample2D
 from diffusers.models.resnet import ResnetBlock2D as TheirResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D as TheirUpsample2D
-from oracles import close, randomised
+from oracles import Intruder, close, randomised, same
 from safetensors.torch import load_file, save_file
 
 import sd_scratch.layers
@@ -197,12 +197,6 @@ def test_layers_that_cannot_be(make, message):
 def write(path, content): path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-class Intruder:
-    "What unpickling runs."
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("content, error, message", [
     (None, FileNotFoundError, r"c\.json is missing"),
     ("", ValueError, r"c\.json is not JSON: "),
@@ -286,12 +280,6 @@ def saved(tmp_path):
     net = randomised(Net(width=6))
     net.save_pretrained(tmp_path / "deep" / "net")
     return net, tmp_path / "deep" / "net"
-
-
-def same(a, b, **tolerance):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a: torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)))
 
 
 def test_round_trip(saved):

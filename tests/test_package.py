@@ -1,6 +1,7 @@
 "The package is what the notebooks export, in the course's order, and what is built of it is whole."
 import ast, os, re, shutil, subprocess, sys, tarfile, zipfile
 from email.parser import Parser
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -74,6 +75,7 @@ def links(text):
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *find_notebooks()]
 
 
+@cache
 def markdown(path):
     "Return the text of a page: a Markdown file, or a notebook's Markdown cells."
     return path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")

@@ -1,12 +1,11 @@
 "The autoencoder against diffusers': numbers, folders in both directions, older names; its loss; bad input."
 import json
 import pickle
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from oracles import close, randomised
+from oracles import Intruder, close, randomised, same
 from safetensors.torch import load_file, save_file
 
 import sd_scratch.autoencoder
@@ -15,18 +14,6 @@ from sd_scratch.course import weights_folder
 from sd_scratch.vae import AutoencoderKL, DiagonalGaussian, autoencoder_loss
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-class Intruder:
-    "What unpickling runs."
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return Path.touch, (self.path,)
-
-
-def same(a, b, rtol=0, atol=0):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a: torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol)
 
 
 def configuration(*widths, **options):
