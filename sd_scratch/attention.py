@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'CLIPAttention', 'CLIPEncoderLayer', 'Transformer']
 
-# %% ../nbs/09_attention.ipynb #c30b9cfa
+# %% ../nbs/09_attention.ipynb #3db7497a
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .layers import attend
 
-# %% ../nbs/09_attention.ipynb #bc6f6bbb
+# %% ../nbs/09_attention.ipynb #8d4917fd
 class CLIPAttention(nn.Module):
     "Let every position of a sequence look at the others, with the parameter names of CLIP"
     def __init__(self,
@@ -21,6 +21,7 @@ class CLIPAttention(nn.Module):
         causal=False,  # may a position look only at itself and at earlier ones?
     ):
         super().__init__()
+        if heads < 1 or width % heads: raise ValueError(f"hidden_size={width} can't be cut into num_attention_heads={heads} equal heads; it must be a multiple of them")
         self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
@@ -29,10 +30,10 @@ class CLIPAttention(nn.Module):
     ):      # (B, L, width)
         return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
 
-# %% ../nbs/09_attention.ipynb #689635ac
+# %% ../nbs/09_attention.ipynb #d4252479
 ACTIVATIONS = dict(quick_gelu=lambda x: x * torch.sigmoid(1.702 * x), gelu=F.gelu)
 
-# %% ../nbs/09_attention.ipynb #d14f7c2e
+# %% ../nbs/09_attention.ipynb #1f23b7b1
 class CLIPEncoderLayer(nn.Module):
     "Look around, then think, and add each to what was there: the transformer block (pre-norm)"
     def __init__(self,
@@ -40,6 +41,7 @@ class CLIPEncoderLayer(nn.Module):
         causal=False,  # text looks back only; pictures look everywhere
     ):
         super().__init__()
+        if c.hidden_act not in ACTIVATIONS: raise ValueError(f"hidden_act={c.hidden_act!r} is unknown; there are {', '.join(ACTIVATIONS)}")
         self.self_attn = CLIPAttention(c.hidden_size, c.num_attention_heads, causal)
         self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(c.hidden_size, c.intermediate_size), fc2=nn.Linear(c.intermediate_size, c.hidden_size)))
@@ -51,7 +53,7 @@ class CLIPEncoderLayer(nn.Module):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
 
-# %% ../nbs/09_attention.ipynb #84a0875a
+# %% ../nbs/09_attention.ipynb #fa17eadf
 class Transformer(nn.Module):
     "Stack transformer blocks: what CLIP calls `encoder`"
     def __init__(self,
@@ -59,9 +61,6 @@ class Transformer(nn.Module):
         causal=False,  # text looks back only; pictures look everywhere
     ):
         super().__init__()
-        if c.hidden_act not in ACTIVATIONS: raise ValueError(f"hidden_act={c.hidden_act!r} is unknown; there are {', '.join(ACTIVATIONS)}")
-        if c.num_attention_heads < 1 or c.hidden_size % c.num_attention_heads:
-            raise ValueError(f"hidden_size={c.hidden_size} can't be cut into num_attention_heads={c.num_attention_heads} equal heads; it must be a multiple of them")
         self.layers = nn.ModuleList(CLIPEncoderLayer(c, causal) for _ in range(c.num_hidden_layers))
 
     def forward(self,

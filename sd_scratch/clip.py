@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIPTextModel', 'CLIPVisionModel', 'CLIPModel', 'contrastive_loss']
 
-# %% ../nbs/10_clip.ipynb #63b5d6f7
+# %% ../nbs/10_clip.ipynb #9729911b
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .attention import Transformer
 from .layers import ConfigModel
 
-# %% ../nbs/10_clip.ipynb #b785c741
+# %% ../nbs/10_clip.ipynb #c3d9ddc9
 class CLIPTextModel(ConfigModel):
     "Turn the tokens of a prompt into vectors, each knowing the words before it (Radford et al. 2021, section 2.4)"
     weights_name, prefix = "model.safetensors", "text_model."
@@ -34,7 +34,11 @@ class CLIPTextModel(ConfigModel):
     def forward(self,
         ids,  # (B, L) token numbers
     ):        # (B, L, hidden_size)
-        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
+        tokens, positions = self.embeddings.token_embedding, self.embeddings.position_embedding.weight
+        if ids.ndim != 2 or ids.shape[1] > len(positions):
+            raise ValueError(f"token numbers come as (texts, tokens) with at most {len(positions)} tokens, as many as there are positions; given was {tuple(ids.shape)}: cut long texts with tokenizer(texts, {len(positions)})")
+        try: x = tokens(ids) + positions[:ids.shape[1]]
+        except IndexError: raise ValueError(f"the tokens of this text encoder are numbered 0 to {tokens.num_embeddings - 1}; given were {ids.min()} to {ids.max()}: use the tokenizer that belongs to it") from None
         return self.final_layer_norm(self.encoder(x))
 
     def pool(self,
@@ -46,7 +50,7 @@ class CLIPTextModel(ConfigModel):
         where = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)  # published files say 2 where they mean the largest number
         return states[torch.arange(len(ids), device=ids.device), where]
 
-# %% ../nbs/10_clip.ipynb #bf348433
+# %% ../nbs/10_clip.ipynb #6f497e98
 class CLIPVisionModel(ConfigModel):
     "Turn a picture into one vector: cut it into patches and let them look at each other (Dosovitskiy et al. 2021)"
     weights_name, prefix = "model.safetensors", "vision_model."
@@ -69,12 +73,14 @@ class CLIPVisionModel(ConfigModel):
     def forward(self,
         pictures,  # (B, 3, image_size, image_size)
     ):             # (B, hidden_size)
-        e = self.embeddings
+        e, size = self.embeddings, self.config["image_size"]
+        if pictures.shape[1:] != (self.config["num_channels"], size, size):
+            raise ValueError(f"this picture tower takes pictures (B, {self.config['num_channels']}, {size}, {size}); given was {tuple(pictures.shape)}: resize them")
         patches = e.patch_embedding(pictures).flatten(2).transpose(1, 2)                        # (B, width, h, w) -> (B, h*w, width)
         x = torch.cat([e.class_embedding.expand(len(patches), 1, -1), patches], 1) + e.position_embedding.weight
         return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])
 
-# %% ../nbs/10_clip.ipynb #c2d03afc
+# %% ../nbs/10_clip.ipynb #1cb8fef6
 class CLIPModel(ConfigModel):
     "Hold a text tower and a picture tower that end in the same space (Radford et al. 2021)"
     weights_name = "model.safetensors"
@@ -111,12 +117,14 @@ class CLIPModel(ConfigModel):
         "Compare every picture (rows) with every text (columns): cosine similarity, times the learned scale"
         return self.logit_scale.exp() * self.image_features(pictures) @ self.text_features(ids).T
 
-# %% ../nbs/10_clip.ipynb #17c6a62d
+# %% ../nbs/10_clip.ipynb #7868c1ae
 def contrastive_loss(
     logits,     # (B, B) similarities, pictures × texts
     ids=None,   # (B, L) token numbers; rows that are equal are the same caption, and all of them count as right
 ):              # scalar, nats
     "Ask of every picture which text is its own, and of every text which picture (Radford et al. 2021, figure 3)"
+    if logits.ndim != 2 or not len(logits) == logits.shape[1] > 0: raise ValueError(f"the loss compares B pictures with their B texts, at least one: logits are (B, B); given was {tuple(logits.shape)}")
+    if ids is not None and len(ids) != len(logits): raise ValueError(f"there are {len(ids)} rows of token numbers for {len(logits)} texts; give one for each")
     same = torch.eye(len(logits), device=logits.device) if ids is None else (ids[:, None] == ids[None]).all(-1).float()
     right = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2

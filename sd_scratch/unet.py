@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['time_features', 'GEGLU', 'BasicTransformerBlock', 'Transformer2DModel', 'UNet2DConditionModel']
 
-# %% ../nbs/12_unet.ipynb #f4f559d7
+# %% ../nbs/12_unet.ipynb #b84a8ba1
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from .layers import Attention, ConfigModel, Downsample2D, ResnetBlock2D, Stage, Upsample2D
 
-# %% ../nbs/12_unet.ipynb #399ea727
+# %% ../nbs/12_unet.ipynb #ca5f2326
 def time_features(
     t,      # (B,) time steps, 0 to 999
     width,  # how many features, an even number
 ):          # (B, width)
     "Write each time step as cosines and sines of many frequencies (Vaswani et al. 2017, section 3.5)"
+    if width % 2: raise ValueError(f"time_features: the width is {width}; it must be even, for each frequency gives a cosine and a sine")
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * frequencies                # (B,) -> (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
-# %% ../nbs/12_unet.ipynb #dbcb0be8
+# %% ../nbs/12_unet.ipynb #4d622e4f
 class GEGLU(nn.Module):
     "Make two halves and let one open and shut the other (Shazeer 2020)"
     def __init__(self, width, hidden):
@@ -35,7 +37,7 @@ class GEGLU(nn.Module):
         value, gate = self.proj(x).chunk(2, -1)
         return value * F.gelu(gate)
 
-# %% ../nbs/12_unet.ipynb #9c3fdc69
+# %% ../nbs/12_unet.ipynb #582c060c
 class BasicTransformerBlock(nn.Module):
     "Look at the picture, look at the text, think: each added to what was there"
     def __init__(self,
@@ -54,7 +56,7 @@ class BasicTransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff.net(self.norm3(x))
 
-# %% ../nbs/12_unet.ipynb #53c9e305
+# %% ../nbs/12_unet.ipynb #86c75f7d
 class Transformer2DModel(nn.Module):
     "Let a picture of features pass through a transformer block, and add what comes out"
     def __init__(self,
@@ -79,7 +81,24 @@ class Transformer2DModel(nn.Module):
         for block in self.transformer_blocks: h = block(h, text)
         return x + (picture(self.proj_out(h)) if self.linear else self.proj_out(picture(h)))
 
-# %% ../nbs/12_unet.ipynb #1a4c4d6e
+# %% ../nbs/12_unet.ipynb #affec7a8
+def _number_of_heads(
+    c,  # the options of `UNet2DConditionModel`
+):      # list: one number for each level
+    "Refuse options that fit no network, and say how many heads each level has"
+    widths = tuple(c.block_out_channels)
+    for option, kinds in dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).items():
+        given = getattr(c, option)
+        if len(given) != len(widths) or set(given) - set(kinds):
+            raise ValueError(f"UNet2DConditionModel: {option} is {', '.join(given)}; for {len(widths)} block_out_channels it must be {len(widths)} of {', '.join(kinds)}")
+    for option in "layers_per_block", "cross_attention_dim":
+        if type(getattr(c, option)) is not int: raise ValueError(f"UNet2DConditionModel: {option}={getattr(c, option)!r} is not implemented, only one whole number for all levels")
+    heads = c.attention_head_dim if isinstance(c.attention_head_dim, (list, tuple)) else [c.attention_head_dim] * len(widths)
+    if len(heads) != len(widths) or any(width % number for width, number in zip(widths, heads)):
+        raise ValueError(f"UNet2DConditionModel: attention_head_dim={c.attention_head_dim!r} must be the number of heads, one for all levels or one for each, and divide block_out_channels={list(widths)}")
+    return list(heads)
+
+# %% ../nbs/12_unet.ipynb #29000148
 class UNet2DConditionModel(ConfigModel):
     "Stable Diffusion's noise predictor: a U of residual blocks that look at the text (Rombach et al. 2022, section 3.3)"
     defaults = dict(sample_size=None, in_channels=4, out_channels=4,
@@ -95,16 +114,7 @@ class UNet2DConditionModel(ConfigModel):
     def __init__(self, **options):
         super().__init__(**options)
         c = self.options
-        widths, last = tuple(c.block_out_channels), len(c.block_out_channels) - 1
-        for option, kinds in dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).items():
-            given = getattr(c, option)
-            if len(given) != len(widths) or set(given) - set(kinds):
-                raise ValueError(f"UNet2DConditionModel: {option} is {', '.join(given)}; for {len(widths)} block_out_channels it must be {len(widths)} of {', '.join(kinds)}")
-        for option in "layers_per_block", "cross_attention_dim":
-            if type(getattr(c, option)) is not int: raise ValueError(f"UNet2DConditionModel: {option}={getattr(c, option)!r} is not implemented, only one whole number for all levels")
-        heads = c.attention_head_dim if isinstance(c.attention_head_dim, (list, tuple)) else [c.attention_head_dim] * len(widths)  # a misnomer of the published files
-        if len(heads) != len(widths) or any(width % number for width, number in zip(widths, heads)):
-            raise ValueError(f"UNet2DConditionModel: attention_head_dim={c.attention_head_dim!r} must be the number of heads, one for all levels or one for each, and divide block_out_channels={list(widths)}")
+        heads, widths, last = _number_of_heads(c), tuple(c.block_out_channels), len(c.block_out_channels) - 1
         time_width = 4 * widths[0]
 
         def resnet(i, o): return ResnetBlock2D(i, o, time_width, c.norm_num_groups, c.norm_eps)
@@ -129,18 +139,36 @@ class UNet2DConditionModel(ConfigModel):
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
-    def forward(self,
-        x,     # (B, in_channels, h, w) noisy latents
-        t,     # (B,) or a number: time steps
-        text,  # (B, L, cross_attention_dim) the text encoder's vectors
-    ):         # (B, out_channels, h, w)
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        e = self.time_embedding
-        features = time_features(t, self.conv_in.out_channels).to(x.dtype)
-        time = e.linear_2(F.silu(e.linear_1(features)))      # (B,) -> (B, 4 * widths[0])
-        x = self.conv_in(x)
-        skips = [x]
-        for stage in self.down_blocks: x = stage(x, time, text, keep=skips)
-        x = self.mid_block(x, time, text)
-        for stage in self.up_blocks: x = stage(x, time, text, skips=skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+# %% ../nbs/12_unet.ipynb #3091d463
+def _check_inputs(x, t, text, channels, width):
+    "Refuse pictures, time steps and text whose shapes don't fit the network or one another"
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        hint = "; for a single one write x[None]" if x.ndim == 3 else ""
+        raise ValueError(f"UNet2DConditionModel takes pictures (B, {channels}, h, w) with h and w of at least 1, and these have the shape {tuple(x.shape)}{hint}")
+    if t.ndim > 1 or t.numel() not in (1, len(x)):
+        raise ValueError(f"UNet2DConditionModel: there are {len(x)} pictures, and the time steps have the shape {tuple(t.shape)}; give one number for all, or one for each, of shape ({len(x)},)")
+    if not isinstance(text, torch.Tensor) or text.ndim != 3 or text.shape[2] != width or not text.shape[1]:
+        given = f"has the shape {tuple(text.shape)}" if isinstance(text, torch.Tensor) else f"is {text!r}"
+        raise ValueError(f"UNet2DConditionModel takes text (B, L, {width}), at least one vector for each picture, and this {given}")
+    if len(text) not in (1, len(x)):
+        raise ValueError(f"UNet2DConditionModel: there are {len(x)} pictures and {len(text)} texts; give a text for each picture, or one for all, of shape (1, L, {width})")
+
+# %% ../nbs/12_unet.ipynb #6d32ca53
+@patch
+def forward(self:UNet2DConditionModel,
+    x,     # (B, in_channels, h, w) noisy latents
+    t,     # (B,) or a number: time steps
+    text,  # (B, L, cross_attention_dim) the text encoder's vectors
+):         # (B, out_channels, h, w)
+    "Predict the noise, or what else the model was trained to return"
+    t = torch.as_tensor(t, device=x.device)
+    _check_inputs(x, t, text, self.conv_in.in_channels, self.config["cross_attention_dim"])
+    e = self.time_embedding
+    features = time_features(t.expand(len(x)), self.conv_in.out_channels).to(x.dtype)
+    time = e.linear_2(F.silu(e.linear_1(features)))      # (B,) -> (B, 4 * widths[0])
+    x = self.conv_in(x)
+    skips = [x]
+    for stage in self.down_blocks: x = stage(x, time, text, keep=skips)
+    x = self.mid_block(x, time, text)
+    for stage in self.up_blocks: x = stage(x, time, text, skips=skips)
+    return self.conv_out(F.silu(self.conv_norm_out(x)))

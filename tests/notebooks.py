@@ -13,6 +13,7 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
 from nbdev.clean import clean_nb
 from nbdev.process import extract_directives
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -114,8 +115,11 @@ def readme() -> tuple[str, dict[str, bytes]]:
     nb.cells = [cell for cell in nb.cells if "hide" not in directives(cell)]
     for cell in nb.cells:
         if cell.cell_type == "markdown": cell.source = relink(cell.source)
-        else: cell.source = re.sub(r"(?m)\A(#\|.*\n?)+", "", cell.source)
-    text, resources = MarkdownExporter().from_notebook_node(
+        else:
+            if directives(cell).get("echo:") == ["false"]: cell.metadata.tags = ["output-only"]
+            cell.source = re.sub(r"(?m)\A(#\|.*\n?)+", "", cell.source)
+    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=("output-only",)))
+    text, resources = MarkdownExporter(config=config).from_notebook_node(
         nb, {"output_files_dir": "nbs/index_files", "unique_key": "index"})
     text = "<!-- Made from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook. -->\n\n" + text.strip() + "\n"
     return re.sub(r"\n{3,}", "\n\n", text), dict(resources.get("outputs") or {})

@@ -235,6 +235,34 @@ def test_bad_configuration(make, message):
     with pytest.raises(ValueError, match=message): make()
 
 
+@pytest.mark.parametrize("ids, message", [
+    (torch.zeros(2, 10, dtype=torch.long), r"at most 9 tokens.*given was \(2, 10\).*tokenizer\(texts, 9\)"),
+    (torch.zeros(9, dtype=torch.long), r"as \(texts, tokens\).*given was \(9,\)"),
+    (torch.tensor([[59, 99, 60]]), "numbered 0 to 98; given were 59 to 99.*tokenizer that belongs to it"),
+    (torch.tensor([[59, -1, 60]]), "given were -1 to 60"),
+])
+def test_bad_token_numbers(ids, message):
+    model = CLIPTextModel(**TEXT)
+    with pytest.raises(ValueError, match=message): model(ids)
+    with pytest.raises(ValueError, match=message): CLIPModel(text_config=TEXT, vision_config=VISION, projection_dim=20).text_features(ids)
+    assert model(torch.full((1, 9), 98)).shape == (1, 9, 24)                                 # the last token at the last position is allowed
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 32, 32), (3, 16, 16), (2, 16, 16, 3)])
+def test_pictures_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\); given was \(" + ", ".join(map(str, shape))): CLIPVisionModel(**VISION)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("logits, ids, message", [
+    (torch.zeros(0, 0), None, r"at least one.*given was \(0, 0\)"),
+    (torch.zeros(4, 3), None, r"given was \(4, 3\)"),
+    (torch.zeros(4), None, r"given was \(4,\)"),
+    (torch.zeros(4, 4), torch.zeros(3, 9), "3 rows of token numbers for 4 texts"),
+])
+def test_bad_batch(logits, ids, message):
+    with pytest.raises(ValueError, match=message): contrastive_loss(logits, ids)
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"): CLIPTextModel.from_pretrained(tmp_path)
     CLIPTextModel(**TEXT).save_pretrained(tmp_path)

@@ -2,13 +2,15 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given, settings, strategies as st
 from oracles import close
 
-from sd_scratch.noise import BETA_SCHEDULES, PREDICTION_TYPES, NoiseSchedule, beta_table
+from sd_scratch.noise import BETA_SCHEDULES, PREDICTION_TYPES, NoiseSchedule, alpha_bars, beta_table, zero_terminal_snr
 
 TABLES = [dict(beta_schedule=name, num_train_timesteps=total) for name in BETA_SCHEDULES for total in (1, 50, 1000)] + [
     dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)]
@@ -31,6 +33,31 @@ def test_tables_are_diffusers(config, set_alpha_to_one):
         ours = getattr(schedule, name)
         assert ours.dtype == torch.float32
         assert torch.equal(ours, getattr(theirs, name)), name          # every digit: a loss of one adds up over 1,000 products
+
+
+@pytest.mark.parametrize("config", [c for c in TABLES if c.get("num_train_timesteps") != 1], ids=str)
+def test_zero_terminal_snr_is_diffusers(config):
+    schedule = NoiseSchedule(**config)
+    before, ours = schedule.betas.clone(), zero_terminal_snr(schedule.betas)
+    assert torch.equal(ours, rescale_zero_terminal_snr(schedule.betas.clone()))
+    assert torch.equal(ours, DDIMScheduler(**schedule.config, clip_sample=False, rescale_betas_zero_snr=True).betas)
+    assert torch.equal(schedule.betas, before)                         # the table that came in stays as it was
+    a = alpha_bars(ours.double())
+    assert ours[-1] == 1 and a[-1] == 0 and (a.diff() < 0).all()
+    assert abs(a[0] - schedule.alphas_cumprod[0]) < 1e-6               # the first level stays
+
+
+def test_zero_terminal_snr_shifts_and_stretches():
+    "Lin et al. 2023, algorithm 1: the factor of the picture changes along a straight line."
+    betas = beta_table().double()
+    old, new = alpha_bars(betas).sqrt(), alpha_bars(zero_terminal_snr(betas)).sqrt()
+    slope = (new[1:] - new[:-1]) / (old[1:] - old[:-1])
+    assert torch.allclose(slope, slope[0].expand(999), rtol=1e-6) and slope[0] > 1
+
+
+@pytest.mark.parametrize("betas", [[], [0.1]], ids=str)
+def test_zero_terminal_snr_needs_two_steps(betas):
+    with pytest.raises(ValueError, match=f"a table of {len(betas)} steps.*2 or more"): zero_terminal_snr(torch.tensor(betas))
 
 
 @pytest.mark.parametrize("config", TABLES, ids=str)
@@ -101,7 +128,9 @@ def test_alpha_bar_takes_numbers_and_tensors():
     t = torch.tensor([[-3, 0], [5, 999]])
     assert schedule.alpha_bar(t).tolist() == [[1.0, schedule.alphas_cumprod[0].item()], [schedule.alphas_cumprod[5].item(), schedule.alphas_cumprod[999].item()]]
     assert schedule.alpha_bar(5) == schedule.alphas_cumprod[5] and schedule.alpha_bar(5).shape == ()
-    with pytest.raises(IndexError): schedule.alpha_bar(1000)
+    for kind in torch.int32, torch.int16: assert torch.equal(schedule.alpha_bar(t.to(kind)), schedule.alpha_bar(t))
+    assert torch.equal(schedule.alpha_bar(torch.tensor([5, 7], dtype=torch.uint8)), schedule.alphas_cumprod[[5, 7]])      # an index, not a mask
+    assert schedule.alpha_bar(torch.tensor([], dtype=torch.long)).shape == (0,)
 
 
 def test_each_picture_has_its_own_time_step():
@@ -121,6 +150,56 @@ def test_number_format_is_kept(dtype):
         for kind in PREDICTION_TYPES:
             schedule = NoiseSchedule(prediction_type=kind)
             assert {o.dtype for o in (schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t), *schedule.split(x0, noise, t))} == {dtype}
+
+
+# -- bad input
+
+@pytest.mark.parametrize("total", [10, 1000])
+@pytest.mark.parametrize("beyond", [0, 1, 5000])
+def test_time_steps_out_of_range(total, beyond):
+    schedule, t, x = NoiseSchedule(total), total + beyond, torch.zeros(2, 3)
+    for call in (lambda: schedule.alpha_bar(t), lambda: schedule.alpha_bar(torch.tensor([0, t])), lambda: schedule.add_noise(x, x, torch.tensor([t, 1])),
+                 lambda: schedule.velocity(x, x, t), lambda: schedule.split(x, x, t)):
+        with pytest.raises(IndexError, match=f"no time step {t}: the schedule has {total}, from 0 to {total - 1}"): call()
+
+
+def test_between_two_time_steps():
+    schedule = NoiseSchedule()
+    log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).double().log().numpy()
+    t = torch.tensor([0.0, 0.25, 1.0, 500.5, 998.75, 999.0])
+    expected = 1 / (1 + np.exp(-np.interp(t.numpy(), np.arange(1000), log_snr)))
+    assert torch.allclose(schedule.alpha_bar(t).double(), torch.from_numpy(expected), rtol=1e-5)
+    assert torch.equal(schedule.alpha_bar(torch.tensor([-1.0, -0.5])), schedule.final_alpha_cumprod.expand(2))
+    for beyond in 999.5, float("nan"):
+        with pytest.raises(IndexError, match="no time step"): schedule.alpha_bar(beyond)
+
+
+@pytest.mark.parametrize("t", [torch.tensor([True, False]), True], ids=str)
+def test_time_steps_that_are_no_numbers(t):
+    with pytest.raises(TypeError, match="numbers from 0 to 999"): NoiseSchedule().alpha_bar(t)
+
+
+@pytest.mark.parametrize("betas, t", [([0.1, 0.0], 1), ([-0.1, 0.2], 0), ([0.1, 1.5], 1), ([1.0, 0.1], 1), ([0.1, float("nan"), 0.1], 1), ([0.5] * 1000, None), ([1e-9] * 3, 0)], ids=str)
+def test_a_table_whose_alpha_bar_does_not_fall(betas, t):
+    with pytest.raises(ValueError, match="ᾱ must fall in every step" if t is None else f"at time step {t} β is {torch.tensor(betas)[t].item():g}") as caught: alpha_bars(torch.tensor(betas))
+    assert "between 0 and 1" in str(caught.value) and "float32" in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [dict(beta_start=1e-9, beta_end=1e-9), dict(beta_start=0.5, beta_end=0.9), dict(num_train_timesteps=200_000)], ids=str)
+def test_a_schedule_whose_alpha_bar_does_not_fall(config):
+    with pytest.raises(ValueError, match="ᾱ must fall in every step"): NoiseSchedule(**config)
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_batches_that_do_not_fit(count):
+    schedule, (x0, noise) = NoiseSchedule(), batch()
+    for call in (schedule.add_noise, schedule.velocity, schedule.split):
+        with pytest.raises(ValueError, match=f"{count} time steps for 5 pictures"): call(x0, noise, torch.arange(count))
+    for call in (schedule.add_noise, schedule.velocity):
+        for other in noise[:count], noise[:1], noise[:, :1], noise[0]:
+            if other.shape != x0.shape:
+                with pytest.raises(ValueError, match=r"\(5, 4, 6, 7\).*draw noise of the pictures' shape"): call(x0, other, 3)
+    assert torch.equal(schedule.add_noise(x0, noise, torch.tensor([3])), schedule.add_noise(x0, noise, 3))      # one for all
 
 
 # -- the file

@@ -1,14 +1,17 @@
-"Sampling steps and DDIM: against diffusers' scheduler, against the formula in float64, and on a distribution that is known."
+"Sampling steps and samplers: against diffusers' schedulers, against the formula in float64, and on a distribution that is known."
 import math
 
+import diffusers
+import numpy as np
 import pytest
+import scipy
 import torch
-from diffusers import DDIMScheduler
 from hypothesis import given, settings, strategies as st
 from oracles import close
 
 from sd_scratch.noise import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
-from sd_scratch.samplers import ddim, draw_noise, mixture_noise, sampling_steps
+from sd_scratch.denoising import ddpm
+from sd_scratch.samplers import SAMPLERS, ddim, dpm_solver, draw_noise, euler, euler_ancestral, heun, karras_steps, mixture_noise, noise_level, sampler_named, sampling_steps
 
 COUNTS = (1, 7, 13, 25, 50)
 
@@ -16,7 +19,7 @@ COUNTS = (1, 7, 13, 25, 50)
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 
 
-def reference(schedule): return DDIMScheduler(**schedule.config, clip_sample=False)
+def reference(schedule): return diffusers.DDIMScheduler(**schedule.config, clip_sample=False)
 
 
 class Gap:
@@ -244,3 +247,133 @@ def test_noise_becomes_the_mixture(eta, spacing):
     nearest = torch.cdist(points, MEANS).argmin(1)
     assert (torch.bincount(nearest, minlength=3) / 2000 - WEIGHTS).abs().max() < 0.04
     assert (points - MEANS[nearest]).square().mean().sqrt() == pytest.approx(STD, abs=0.02)
+
+# -- the other samplers
+
+COMMON = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+THEIRS = dict(euler=diffusers.EulerDiscreteScheduler, euler_ancestral=diffusers.EulerAncestralDiscreteScheduler, heun=diffusers.HeunDiscreteScheduler, dpm_solver=diffusers.DPMSolverMultistepScheduler)
+
+
+CASES = [(name, kind) for name in THEIRS for kind in PREDICTION_TYPES if kind != "sample" or name in ("euler", "dpm_solver")]   # the others of diffusers don't know it
+
+
+def parts(t): return (1 + noise_level(NoiseSchedule(), t).double().item() ** 2) ** 0.5
+
+
+@pytest.mark.parametrize("count", [1, 7, 13, 50])
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize("name, prediction_type", CASES)
+def test_samplers_are_diffusers(name, spacing, prediction_type, count):
+    "Walk with diffusers on our time steps; each of our steps begins where theirs does. It holds x̄, we hold x = x̄/√(1 + σ²); DPM-Solver holds x."
+    schedule = NoiseSchedule(prediction_type=prediction_type, timestep_spacing=spacing)
+    steps = sampling_steps(schedule, count)
+    theirs = THEIRS[name](**COMMON, prediction_type=prediction_type, timestep_spacing=spacing)
+    if name == "euler_ancestral":                                                  # it can't be given time steps: only those that it would choose itself
+        theirs.config.steps_offset = 1
+        theirs.set_timesteps(count)
+        if theirs.timesteps.tolist() != [t for t, _ in steps]: steps = [(float(t), float(u)) for t, u in zip(theirs.timesteps, [*theirs.timesteps[1:], -1])]
+    else: theirs.set_timesteps(timesteps=[t for t, _ in steps])
+    held = (lambda x, t: x) if name == "dpm_solver" else (lambda x, t: x * parts(t))
+    given = (lambda x, t: x) if name == "dpm_solver" else (lambda x, t: x / parts(t))
+    x = torch.randn(2, 3, 4, 4, generator=seeded(1))
+    ours, random = seeded(2), seeded(2)
+    theirs_x = held(x, steps[0][0])
+    told = iter(theirs.timesteps)
+
+    def their_step(x):
+        t = next(told)
+        output = denoiser(theirs.scale_model_input(x, t), t.item())
+        return theirs.step(output, t, x, **(dict(generator=random) if name == "euler_ancestral" else {})).prev_sample
+
+    before = []
+    for i, (t, t_next) in enumerate(steps):
+        x = given(theirs_x, t)
+        theirs_x = their_step(theirs_x)
+        if name == "heun" and t_next >= 0: theirs_x = their_step(theirs_x)
+        if name == "dpm_solver": continue
+        close(SAMPLERS[name](denoiser, x, [(t, t_next)], ours, schedule=schedule), given(theirs_x, t_next))
+    if name == "dpm_solver":                                                       # it remembers: the run as a whole
+        start = torch.randn(2, 3, 4, 4, generator=seeded(1))
+        run = dpm_solver(denoiser, start, steps, schedule=schedule)
+        assert (run - theirs_x).abs().max() <= 1e-4 * max(1, theirs_x.abs().max())
+
+
+@pytest.mark.parametrize("count", [7, 13, 50])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_ddpm_is_diffusers(count, prediction_type):
+    schedule = NoiseSchedule(prediction_type=prediction_type, set_alpha_to_one=True)
+    theirs = diffusers.DDPMScheduler(**COMMON, prediction_type=prediction_type, timestep_spacing="leading", steps_offset=1, clip_sample=False)
+    theirs.set_timesteps(count)
+    x, ours, random = torch.randn(2, 3, 4, 4, generator=seeded(1)), seeded(2), seeded(2)
+    for t, t_next in sampling_steps(schedule, count):
+        after = theirs.step(denoiser(x, t), t, x, generator=random).prev_sample
+        if t_next >= 0: close(ddpm(denoiser, x, [(t, t_next)], ours, schedule=schedule), after)
+        x = after
+
+
+@pytest.mark.parametrize("count", [2, 7, 13, 50])
+def test_karras_steps_are_diffusers(count):
+    theirs = diffusers.EulerDiscreteScheduler(**COMMON, timestep_spacing="linspace", use_karras_sigmas=True)
+    theirs.set_timesteps(count)
+    steps = karras_steps(NoiseSchedule(), count)
+    assert torch.allclose(torch.tensor([t for t, _ in steps]), theirs.timesteps.float(), atol=2e-2)
+    assert torch.allclose(torch.stack([noise_level(NoiseSchedule(), t) for t, _ in steps]), theirs.sigmas[:-1], rtol=1e-4)
+    assert [after for _, after in steps] == [t for t, _ in steps[1:]] + [-1] and all(t > after for t, after in steps)
+
+
+def test_time_steps_of_karras_do_not_depend_on_spacing_but_on_rho():
+    assert karras_steps(NoiseSchedule(timestep_spacing="trailing"), 9) == karras_steps(NoiseSchedule(), 9)
+    even = torch.stack([noise_level(NoiseSchedule(), t) for t, _ in karras_steps(NoiseSchedule(), 9, rho=1.)]).diff()
+    assert torch.allclose(even, even.mean().expand(8), rtol=1e-3)
+    assert karras_steps(NoiseSchedule(), 1) == [(999.0, -1)]
+
+
+@pytest.mark.parametrize("bad", [0, -3, 2.5, True, None])
+def test_bad_karras_steps(bad):
+    with pytest.raises(ValueError, match="1 or more"): karras_steps(NoiseSchedule(), bad)
+    with pytest.raises(ValueError, match="rho is 0"): karras_steps(NoiseSchedule(), 5, rho=0)
+
+
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+def test_euler_is_ddim_and_its_ancestor_is_ddpm(spacing):
+    schedule = NoiseSchedule(timestep_spacing=spacing, set_alpha_to_one=True, prediction_type="v_prediction")
+    x, steps = torch.randn(2, 3, 4, 4, generator=seeded(1)).double(), sampling_steps(schedule, 20)
+    assert torch.allclose(euler(denoiser, x, steps, schedule=schedule), ddim(denoiser, x, steps, schedule=schedule), atol=1e-4)
+    assert torch.allclose(euler_ancestral(denoiser, x, steps, seeded(3), schedule=schedule), ddpm(denoiser, x, steps, seeded(3), schedule=schedule), atol=1e-4)
+
+
+def flowed(points, first, last):
+    "Solve the probability-flow equation of the mixture with scipy, between two levels."
+    means, weights = MEANS.double().numpy(), WEIGHTS.double().numpy()
+    def slope(sigma, flat):
+        way = means - flat.reshape(-1, 1, 2)
+        share = scipy.special.softmax(np.log(weights) - (way ** 2).sum(-1) / (2 * (STD ** 2 + sigma ** 2)), axis=1)
+        return (-sigma * (share[..., None] * way).sum(1) / (STD ** 2 + sigma ** 2)).ravel()
+    solved = scipy.integrate.solve_ivp(slope, (first, last), points.numpy().ravel(), method="DOP853", rtol=1e-10, atol=1e-10)
+    return torch.from_numpy(solved.y[:, -1].reshape(-1, 2))
+
+
+@pytest.mark.parametrize("sampler, order", [(ddim, 1), (euler, 1), (heun, 2), (dpm_solver, 2)])
+def test_order(sampler, order):
+    schedule = NoiseSchedule()
+    exact = lambda x, t: mixture_noise(x, t, MEANS.double(), STD, WEIGHTS.double(), schedule)
+    x, first, last = torch.randn(32, 2, generator=seeded(4)).double(), parts(999), parts(0)
+    truth = flowed(x * first, (first ** 2 - 1) ** 0.5, (last ** 2 - 1) ** 0.5) / last
+    error = [(sampler(exact, x, karras_steps(schedule, n + 1)[:-1], schedule=schedule) - truth).norm(dim=1).mean().item() for n in (40, 80)]
+    assert 0.75 * 2 ** order < error[0] / error[1] < 1.4 * 2 ** order and error[1] < (0.02, 0.001)[order - 1]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_signature_for_all(name):
+    schedule, seen = NoiseSchedule(), []
+    x, steps = torch.randn(2, 8, generator=seeded(8)), sampling_steps(schedule, 4)
+    run = lambda x, steps, on_step=None: sampler_named(name)(denoiser, x, steps, seeded(0), schedule=schedule, on_step=on_step)
+    plain = run(x, steps, on_step=lambda i, t, x: seen.append((i, t, x)))
+    assert [(i, t) for i, t, _ in seen] == list(enumerate([751, 501, 251, 1])) and torch.equal(seen[-1][2], plain)
+    assert torch.equal(run(x, steps), plain) and torch.equal(x, torch.randn(2, 8, generator=seeded(8)))
+    assert torch.equal(run(x, steps, on_step=lambda i, t, x: torch.zeros_like(x) if i == 3 else None), torch.zeros_like(x))
+    assert run(x.half(), steps).dtype == torch.float16
+
+
+def test_a_sampler_that_is_not_known():
+    with pytest.raises(ValueError, match="no sampler 'plms'; there are ddpm, ddim, euler, euler_ancestral, heun, dpm_solver"): sampler_named("plms")

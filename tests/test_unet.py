@@ -48,6 +48,10 @@ def test_time_features_tell_steps_apart():
     assert (torch.cdist(features, features) + 9 * torch.eye(1000)).min() > 0.3
 
 
+def test_an_odd_width_has_no_cosine_for_each_sine():
+    with pytest.raises(ValueError, match="width is 7; it must be even"): time_features(torch.arange(3), 7)
+
+
 def test_the_gate_is_the_exact_gelu_of_the_second_half():
     layer, x = GEGLU(3, 5).double(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double() * 3
     value, gate = layer.proj(x).split(5, -1)
@@ -118,6 +122,15 @@ def test_half_precision(dtype):
         full = ours(x, 300, text)
         half = ours.to(dtype)(x.to(dtype), 300, text.to(dtype))
     assert half.dtype == dtype and (half.float() - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_one_text_and_one_time_step_for_all():
+    "A batch of one text or one time step means the same as the text or time step repeated."
+    ours, _ = pair(SD1)
+    x, text = inputs(SD1, batch=3)
+    with torch.no_grad():
+        close(ours(x, 500, text[:1]), ours(x, torch.tensor([500] * 3), text[:1].expand(3, -1, -1)))
+        close(ours(x, torch.tensor([500]), text), ours(x, torch.tensor(500), text))
 
 
 # -- files
@@ -210,6 +223,32 @@ def test_defaults_are_diffusers():
     ("block_out_channels", [8, 16], "2 of"), ("attention_head_dim", [1, 2], "one for each"), ("attention_head_dim", 3, "divide")], ids=str)
 def test_configurations_that_fit_no_network(option, value, says):
     with pytest.raises(ValueError, match=says): UNet2DConditionModel(**SD1 | {option: value})
+
+
+def wrong_inputs():
+    "name -> what is given in place of the picture, the time steps or the text, and what the message has to say"
+    (x, text), t = inputs(TINY, batch=4), torch.tensor([1, 2, 3, 4])
+    return {
+        "fewer time steps than pictures": (x, t[:3], text, ["4 pictures", "(3,)", "one number for all", "(4,)"]),
+        "more time steps than pictures": (x[:1], t, text[:1], ["1 pictures", "(4,)"]),
+        "time steps in a column": (x, t[:, None], text, ["(4, 1)"]),
+        "fewer texts than pictures": (x, t, text[:2], ["4 pictures and 2 texts", "(1, L, 6)"]),
+        "more texts than pictures": (x[:1], 5, text, ["1 pictures and 4 texts"]),
+        "text of another width": (x, t, text[..., :5], ["(B, L, 6)", "(4, 5, 5)"]),
+        "a text without its batch": (x, t, text[0], ["(B, L, 6)", "(5, 6)"]),
+        "no word at all": (x, t, text[:, :0], ["at least one vector", "(4, 0, 6)"]),
+        "no text": (x, t, None, ["(B, L, 6)", "None"]),
+        "a picture without its batch": (x[0], 5, text[:1], ["(3, 8, 8)", "x[None]"]),
+        "other channels": (x[:, :2], t, text, ["(B, 3, h, w)", "(4, 2, 8, 8)"]),
+        "no height": (x[:, :, :0], t, text, ["at least 1", "(4, 3, 0, 8)"]),
+        "no width": (x[..., :0], t, text, ["at least 1", "(4, 3, 8, 0)"])}
+
+
+@pytest.mark.parametrize("name", wrong_inputs())
+def test_inputs_that_do_not_fit_are_refused(name):
+    *given, says = wrong_inputs()[name]
+    with pytest.raises(ValueError, match="UNet2DConditionModel") as caught: UNet2DConditionModel(**TINY)(*given)
+    assert all(part in str(caught.value) for part in says) and "\n" not in str(caught.value), caught.value
 
 
 @pytest.mark.skipif(os.environ.get("SD_SCRATCH_SLOW") != "1", reason="8 GB of memory and a minute: set SD_SCRATCH_SLOW=1 (any machine, with or without a GPU)")
