@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIPTextModel', 'CLIPVisionModel', 'CLIPModel', 'contrastive_loss']
 
-# %% ../nbs/10_clip.ipynb #9729911b
+# %% ../nbs/10_clip.ipynb #7ecde631
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .attention import Transformer
 from .layers import ConfigModel
 
-# %% ../nbs/10_clip.ipynb #c3d9ddc9
+# %% ../nbs/10_clip.ipynb #785d3906
 class CLIPTextModel(ConfigModel):
     "Turn the tokens of a prompt into vectors, each knowing the words before it (Radford et al. 2021, section 2.4)"
     weights_name, prefix = "model.safetensors", "text_model."
@@ -50,7 +50,7 @@ class CLIPTextModel(ConfigModel):
         where = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)  # published files say 2 where they mean the largest number
         return states[torch.arange(len(ids), device=ids.device), where]
 
-# %% ../nbs/10_clip.ipynb #6f497e98
+# %% ../nbs/10_clip.ipynb #2eba3cde
 class CLIPVisionModel(ConfigModel):
     "Turn a picture into one vector: cut it into patches and let them look at each other (Dosovitskiy et al. 2021)"
     weights_name, prefix = "model.safetensors", "vision_model."
@@ -80,7 +80,7 @@ class CLIPVisionModel(ConfigModel):
         x = torch.cat([e.class_embedding.expand(len(patches), 1, -1), patches], 1) + e.position_embedding.weight
         return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])
 
-# %% ../nbs/10_clip.ipynb #1cb8fef6
+# %% ../nbs/10_clip.ipynb #4d324637
 class CLIPModel(ConfigModel):
     "Hold a text tower and a picture tower that end in the same space (Radford et al. 2021)"
     weights_name = "model.safetensors"
@@ -117,7 +117,7 @@ class CLIPModel(ConfigModel):
         "Compare every picture (rows) with every text (columns): cosine similarity, times the learned scale"
         return self.logit_scale.exp() * self.image_features(pictures) @ self.text_features(ids).T
 
-# %% ../nbs/10_clip.ipynb #7868c1ae
+# %% ../nbs/10_clip.ipynb #ab45bc00
 def contrastive_loss(
     logits,     # (B, B) similarities, pictures × texts
     ids=None,   # (B, L) token numbers; rows that are equal are the same caption, and all of them count as right

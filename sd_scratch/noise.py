@@ -6,7 +6,7 @@
 __all__ = ['BETA_SCHEDULES', 'PREDICTION_TYPES', 'TIMESTEP_SPACINGS', 'beta_table', 'alpha_bars', 'zero_terminal_snr',
            'NoiseSchedule']
 
-# %% ../nbs/11_noise.ipynb #f96e69bf
+# %% ../nbs/11_noise.ipynb #0840b76e
 import json
 import math
 import numbers
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .course import whole_file
 from .layers import read_json
 
-# %% ../nbs/11_noise.ipynb #ead2b774
+# %% ../nbs/11_noise.ipynb #01c40cb0
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 def beta_table(
@@ -35,7 +35,7 @@ def beta_table(
         return torch.tensor([min(1 - later / now, 0.999) for now, later in zip(f, f[1:])])   # Nichol and Dhariwal, eq. 17
     raise ValueError(f"unknown beta_schedule {beta_schedule!r}; there are {', '.join(BETA_SCHEDULES)}")
 
-# %% ../nbs/11_noise.ipynb #cb42d7ce
+# %% ../nbs/11_noise.ipynb #d09b6693
 def alpha_bars(
     betas:torch.Tensor, # (T,): the variance added in each step
 ) -> torch.Tensor: # (T,): ᾱ_t, falling from below 1 to 0 or more
@@ -49,7 +49,7 @@ def alpha_bars(
                          f"Each β must lie between 0 and 1, be large enough for 1 - β to differ from 1 in {betas.dtype}, and not bring ᾱ to 0 before the last step")
     return a
 
-# %% ../nbs/11_noise.ipynb #225e053a
+# %% ../nbs/11_noise.ipynb #5a02622c
 def zero_terminal_snr(
     betas:torch.Tensor, # (T,): the variance added in each step
 ) -> torch.Tensor: # (T,): the same, changed so that ᾱ ends at 0; the last is 1
@@ -60,7 +60,7 @@ def zero_terminal_snr(
     a = signal ** 2
     return 1 - a / torch.cat([a.new_ones(1), a[:-1]])
 
-# %% ../nbs/11_noise.ipynb #67f1cebf
+# %% ../nbs/11_noise.ipynb #f077cc59
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
@@ -75,7 +75,7 @@ def _check_settings(config):
     if not (isinstance(start, numbers.Real) and isinstance(end, numbers.Real) and 0 < start <= end < 1):
         raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they must be numbers with 0 < beta_start <= beta_end < 1")
 
-# %% ../nbs/11_noise.ipynb #852485ed
+# %% ../nbs/11_noise.ipynb #0a76c44a
 class NoiseSchedule:
     "Hold the table of noise levels and the settings that go with it."
     def __init__(self,
@@ -97,7 +97,7 @@ class NoiseSchedule:
 
     def __repr__(self): return f"NoiseSchedule({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
 
-# %% ../nbs/11_noise.ipynb #a2263dbe
+# %% ../nbs/11_noise.ipynb #3c77f1d5
 @patch
 def alpha_bar(self:NoiseSchedule,
     t, # numbers from 0 to T - 1, a tensor or one; negative where no time step is left
@@ -113,7 +113,7 @@ def alpha_bar(self:NoiseSchedule,
     if t.is_floating_point(): a = a.logit().lerp(table[(low + 1).clamp(max=last)].logit(), (t.clamp(min=0) - low).to(a.dtype)).sigmoid()
     return torch.where(t < 0, self.final_alpha_cumprod.to(t.device), a)
 
-# %% ../nbs/11_noise.ipynb #9b17ef8c
+# %% ../nbs/11_noise.ipynb #e87ad652
 @patch
 def scales(self:NoiseSchedule,
     t, # int or LongTensor (B,): time steps
@@ -141,7 +141,7 @@ def add_noise(self:NoiseSchedule,
     signal, sigma = self.scales(t, x0)
     return signal * x0 + sigma * noise   # DDPM, eq. 4
 
-# %% ../nbs/11_noise.ipynb #5b5bc261
+# %% ../nbs/11_noise.ipynb #7b68786a
 @patch
 def velocity(self:NoiseSchedule,
     x0:torch.Tensor, # (B, ...): clean pictures
@@ -164,7 +164,7 @@ def target(self:NoiseSchedule,
     if self.prediction_type == "sample": return x0
     return self.velocity(x0, noise, t)
 
-# %% ../nbs/11_noise.ipynb #195a7c75
+# %% ../nbs/11_noise.ipynb #797fc6d5
 @patch
 def split(self:NoiseSchedule,
     output:torch.Tensor, # (B, ...): what the network returned
@@ -177,7 +177,7 @@ def split(self:NoiseSchedule,
     if self.prediction_type == "sample": return output, (x_t - signal * output) / sigma    # add_noise, solved for the noise
     return signal * x_t - sigma * output, sigma * x_t + signal * output                    # a rotation by φ, back
 
-# %% ../nbs/11_noise.ipynb #41edafb2
+# %% ../nbs/11_noise.ipynb #d1e185a1
 @patch
 def save_pretrained(self:NoiseSchedule,
     folder, # str or Path: made if it isn't there
@@ -188,7 +188,7 @@ def save_pretrained(self:NoiseSchedule,
     with whole_file(file) as part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return file
 
-# %% ../nbs/11_noise.ipynb #83dcba73
+# %% ../nbs/11_noise.ipynb #433206c0
 _DIFFUSERS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon", steps_offset=0,
                   set_alpha_to_one=True, timestep_spacing="leading", clip_sample=True)      # DDIMScheduler's defaults
 _DEFAULTS = dict(DDIMScheduler={}, DDPMScheduler={}, PNDMScheduler=dict(set_alpha_to_one=False, clip_sample=False))
@@ -217,7 +217,7 @@ def from_config(cls:NoiseSchedule,
         warnings.warn(f"the model's scheduler is {name}, which isn't implemented: sampling with DDIM on the same noise schedule instead{lost}", stacklevel=2)
     return cls(**known)
 
-# %% ../nbs/11_noise.ipynb #ca3abe7e
+# %% ../nbs/11_noise.ipynb #ebfc27a7
 @patch(cls_method=True)
 def from_pretrained(cls:NoiseSchedule,
     folder, # str or Path: holds scheduler_config.json
