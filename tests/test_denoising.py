@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sd_scratch.data import CaptionedPictures
-from sd_scratch.denoising import ddpm, denoising_loss, drop_captions, encode_pictures, loss_per_level, start_as_nothing
+from sd_scratch.denoising import ddpm, denoising_loss, draw_noise, drop_captions, encode_pictures, loss_per_level, start_as_nothing
 from sd_scratch.layers import ResnetBlock2D
 from sd_scratch.noise import PREDICTION_TYPES, NoiseSchedule
 from sd_scratch.samplers import ddim, sampling_steps
@@ -135,6 +135,24 @@ def test_loss_per_level_can_be_compared():
 def test_impossible_levels(levels):
     with pytest.raises(ValueError, match=rf"into {levels} levels: choose from 1 to 20"):
         loss_per_level(lambda x, t, text: x, NoiseSchedule(num_train_timesteps=20), torch.zeros(2, 1, 1, 1), None, seeded(), levels)
+
+
+# -- the noise that is put in
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_noise_is_drawn_for_each_picture(dtype):
+    shape, seeds = (3, 2, 4, 5), (5, 6, 5)
+    found = draw_noise(shape, [seeded(s) for s in seeds], dtype=dtype)
+    assert found.shape == shape and found.dtype == dtype and torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    for k, s in enumerate(seeds): assert torch.equal(found[k], torch.randn(shape[1:], generator=seeded(s), dtype=dtype))
+    assert torch.equal(draw_noise(shape, seeded(5), dtype=dtype), torch.randn(shape, generator=seeded(5), dtype=dtype))
+    torch.manual_seed(7)
+    assert torch.equal(torch.randn(shape, generator=seeded(7)), draw_noise(torch.Size(shape)))         # without a generator PyTorch's own
+
+
+def test_noise_goes_where_it_is_wanted():
+    assert draw_noise((2, 3), seeded(), "meta").device.type == draw_noise((2, 3), [seeded(), seeded(1)], "meta").device.type == "meta"
+    with pytest.raises(ValueError, match="1 generators for 3 pictures: give one, or one for each"): draw_noise((3, 2), [seeded()])
 
 
 # -- DDPM's loop
