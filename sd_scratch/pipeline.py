@@ -21,14 +21,14 @@ from .autoencoder import psnr
 from .clip import CLIPModel, CLIPTextModel, contrastive_loss
 from .course import image_grid, pick_device, to_image, weights_folder, whole_file
 from .data import DATASETS, CaptionedPictures, load_data, shapes
-from .denoising import denoising_loss, drop_captions, encode_pictures, start_as_nothing
+from .denoising import denoising_loss, draw_noise, drop_captions, encode_pictures, start_as_nothing
 from .evaluation import prompt_report
 from .guidance import guided
 from .layers import read_json
 from .noise import NoiseSchedule
-from .samplers import ddim, draw_noise, sampling_steps
+from .samplers import ddim, sampling_steps
 from .tokenizer import CLIPTokenizer
-from .training import Fit, draw, join, seeded, step_generator
+from .training import Fit, draw, join, replayed, seeded, step_generator
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL, autoencoder_loss
 
@@ -246,6 +246,7 @@ class Trainer:
         if (self.notes / "plan.json").exists() and Plan.load(self.notes / "plan.json") != plan: raise ValueError(f"{self.folder} was trained with another plan, {self.notes / 'plan.json'}: name another folder")
         sets = {name: shapes(count=plan.shapes, seed=plan.seed) if name == "shapes" else load_data(name) for name in plan.data}
         self.data, self.weights = join(list(sets.values()), [plan.shares.get(name, 2) for name in sets])
+        self.data.pictures = self.data.pictures.to(self.device)
         tests = {name: shapes("test", 1000) if name == "shapes" else load_data(name, "test") for name in sets}
         self.tests = {name: data if len(data) else sets[name] for name, data in tests.items()}  # a small folder may have no test pictures
         self.prompts = [prompt for name, data in sets.items() for prompt in PROMPTS.get(name, data.captions[:4])]
@@ -264,10 +265,12 @@ def fit(self:Trainer,
     name,   # "vae", "clip" or "unet"
     model,  # the network
     loss,   # function of a torch.Generator: draws a batch, returns the loss
+    parts,  # pairs: a part of the network, and a tuple of tensors such as it is called with in each step
 ):
     "Train one network, or go on with it"
     plan = self.plan
     run = Fit(model, getattr(plan, f"{name}_steps"), getattr(plan, f"{name}_lr"), seed=plan.seed, checkpoint=self.notes / f"{name}.safetensors")
+    for part, inputs in parts: replayed(part, *inputs)
     losses = run.go(loss, f"{name:4}", progress=self.progress)
     with whole_file(self.notes / f"{name}_losses.json") as path: path.write_text(json.dumps([round(x, 5) for x in losses]), encoding="utf-8")
 
@@ -292,8 +295,10 @@ def vae(self:Trainer):  # `AutoencoderKL`
     vae = self.model(AutoencoderKL, self.plan.widths["vae"])
     def loss(generator):
         pictures, _ = self.data.batch(draw(self.weights, self.plan.vae_batch, generator))
-        return autoencoder_loss(vae, pictures.to(self.device), generator)
-    with torch.enable_grad(): self.fit("vae", vae, loss)
+        return autoencoder_loss(vae, pictures, generator)
+    some, _ = self.data.batch([0] * self.plan.vae_batch)
+    parts = [(vae.encoder, (some,)), (vae.decoder, (vae.encode(some).mean.requires_grad_(),))]
+    with torch.enable_grad(): self.fit("vae", vae, loss, parts)
     chosen = draw(self.weights, 4000, step_generator(self.plan.seed, 0))
     mean, _ = encode_pictures(vae, CaptionedPictures(self.data.pictures[chosen], [self.data.captions[i] for i in chosen]))
     vae.config["scaling_factor"] = round(1 / mean.std().item(), 5)
@@ -339,8 +344,9 @@ def clip(self:Trainer):  # `CLIPTokenizer`, `CLIPModel`
     def loss(generator):
         chosen = draw(self.weights, plan.clip_batch, generator)
         mine = ids[chosen].to(self.device)
-        return contrastive_loss(clip(mine, self.data.batch(chosen)[0].to(self.device)), mine)
-    self.fit("clip", clip, loss)
+        return contrastive_loss(clip(mine, self.data.batch(chosen)[0]), mine)
+    some = [0] * plan.clip_batch
+    self.fit("clip", clip, loss, [(clip.text_model, (ids[some].to(self.device),)), (clip.vision_model, (self.data.batch(some)[0],))])
     tokenizer.save_pretrained(self.folder / "tokenizer")
     clip.text_model.save_pretrained(self.folder / "text_encoder")
     clip.save_pretrained(self.folder / "clip")
@@ -369,7 +375,9 @@ def unet(self:Trainer,
         latents = scale * (mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape, generator=generator).to(mean))
         with torch.no_grad(): text = text_encoder(drop_captions(ids[chosen].to(self.device), empty, generator))
         return denoising_loss(unet, schedule, latents, text, generator)
-    self.fit("unet", unet, loss)
+    some = torch.zeros(plan.unet_batch, dtype=torch.long, device=self.device)
+    with torch.no_grad(): text = text_encoder(ids[some.cpu()].to(self.device))
+    self.fit("unet", unet, loss, [(unet, (mean[some], some, text))])
     unet.save_pretrained(self.folder / "unet")
     return unet
 

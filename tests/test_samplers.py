@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from oracles import close
 
 from sd_scratch.noise import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
-from sd_scratch.denoising import ddpm
-from sd_scratch.samplers import SAMPLERS, ddim, dpm_solver, draw_noise, euler, euler_ancestral, heun, karras_steps, mixture_noise, noise_level, sampler_named, sampling_steps
+from sd_scratch.denoising import ddpm, draw_noise
+from sd_scratch.samplers import SAMPLERS, ddim, dpm_solver, euler, euler_ancestral, heun, karras_steps, mixture_noise, noise_level, sampler_named, sampling_steps
 
 COUNTS = (1, 7, 13, 25, 50)
 
@@ -377,3 +377,12 @@ def test_one_signature_for_all(name):
 
 def test_a_sampler_that_is_not_known():
     with pytest.raises(ValueError, match="no sampler 'plms'; there are ddpm, ddim, euler, euler_ancestral, heun, dpm_solver"): sampler_named("plms")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps, says", [([(1000, 500), (500, -1)], "begins at time step 1000: there are those from 0 to 999"),
+                                         ([(-1, -2)], "begins at time step -1"), ([(float("nan"), -1)], "begins at time step nan"),
+                                         ([(500, 600)], "from 500 to 600: noise is taken out downwards"), ([(7, 7)], "from 7 to 7"),
+                                         ([(900, 500), (400, -1)], "ends at 500 and the next one begins at 400")])
+def test_steps_that_no_sampler_takes(name, steps, says):
+    with pytest.raises(ValueError, match=says): SAMPLERS[name](denoiser, torch.zeros(1, 2), steps, seeded(), schedule=NoiseSchedule())
