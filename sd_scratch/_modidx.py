@@ -136,7 +136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'sd_scratch.evaluation._kinds': ('evaluation.html#_kinds', 'sd_scratch/evaluation.py'),
                                        'sd_scratch.evaluation._labels': ('evaluation.html#_labels', 'sd_scratch/evaluation.py'),
                                        'sd_scratch.evaluation._load': ('evaluation.html#_load', 'sd_scratch/evaluation.py'),
-                                       'sd_scratch.evaluation._moved': ('evaluation.html#_moved', 'sd_scratch/evaluation.py'),
+                                       'sd_scratch.evaluation._mirrored': ('evaluation.html#_mirrored', 'sd_scratch/evaluation.py'),
                                        'sd_scratch.evaluation._neither': ('evaluation.html#_neither', 'sd_scratch/evaluation.py'),
                                        'sd_scratch.evaluation._save': ('evaluation.html#_save', 'sd_scratch/evaluation.py'),
                                        'sd_scratch.evaluation._scene': ('evaluation.html#_scene', 'sd_scratch/evaluation.py'),

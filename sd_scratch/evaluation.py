@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ShapesClassifier', 'worn', 'train_shapes_classifier', 'save_shapes_classifier', 'load_shapes_classifier',
-           'prompts_for', 'prompt_accuracy', 'prompt_report']
+           'prompts_for', 'prompt_accuracy', 'prompt_report', 'ClothesClassifier', 'train_clothes_classifier',
+           'save_clothes_classifier', 'load_clothes_classifier', 'fid', 'kid', 'nearest']
 
 # %% ../nbs/14_evaluation.ipynb #09fe54bd
 import random
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .course import weights_folder, whole_file
-from .data import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZES, Scene, Thing, draw_scene, parse_caption, random_scene
+from .data import BACKGROUNDS, CLOTHES, COLORS, HELD_OUT, SHAPES, SIZES, Scene, Thing, draw_scene, fashion_mnist, parse_caption, random_scene
 from .layers import read_weights
 
 # %% ../nbs/14_evaluation.ipynb #539ba35b
@@ -25,13 +26,19 @@ _THING = dict(size=SIZES, color=tuple(COLORS), shape=SHAPES)
 _HEADS = dict(layout=("one thing", "above", "left of", "neither"), background=tuple(BACKGROUNDS),
               **{f"{name} {slot}": words for slot in (1, 2) for name, words in _THING.items()})
 
+def _trunk(channels):
+    "Make the layers that turn a picture into 80 numbers."
+    layer = lambda a, b, kernel, stride: nn.Sequential(nn.Conv2d(a, b, kernel, stride, 2 if kernel == 6 else 1), nn.GroupNorm(8, b), nn.SiLU())
+    return nn.Sequential(layer(channels, 48, 6, 2), layer(48, 64, 3, 2), layer(64, 64, 3, 1), layer(64, 64, 3, 2),   # (B, channels, 32, 32) -> (B, 64, 4, 4)
+                         nn.Flatten(), nn.Linear(1024, 80), nn.SiLU())                                               # -> (B, 80)
+
 class ShapesClassifier(nn.Module):
     "Read the attributes of a drawn scene off its picture."
+    shipped = "shapes_classifier.safetensors"
+
     def __init__(self):
         super().__init__()
-        layer = lambda a, b, kernel, stride: nn.Sequential(nn.Conv2d(a, b, kernel, stride, 2 if kernel == 6 else 1), nn.GroupNorm(8, b), nn.SiLU())
-        self.features = nn.Sequential(layer(3, 48, 6, 2), layer(48, 64, 3, 2), layer(64, 64, 3, 1), layer(64, 64, 3, 2),   # (B, 3, 32, 32) -> (B, 64, 4, 4)
-                                      nn.Flatten(), nn.Linear(1024, 80), nn.SiLU())                                        # -> (B, 80)
+        self.features = _trunk(3)
         self.heads = nn.Linear(80, sum(map(len, _HEADS.values())))
 
     def forward(self,
@@ -49,10 +56,10 @@ class ShapesClassifier(nn.Module):
         best = [torch.stack([scores.argmax(1) for scores in self(part).values()], dim=1) for part in x.split(500)]         # (500, heads) each
         return [_scene(row) for part in best for row in part.tolist()]
 
-def _check_pictures(pictures):
-    if not torch.is_tensor(pictures) or not pictures.is_floating_point() or pictures.shape[1:] != (3, 32, 32):
+def _check_pictures(pictures, channels=(3,)):
+    if not torch.is_tensor(pictures) or not pictures.is_floating_point() or pictures.shape[1:] not in [(c, 32, 32) for c in channels]:
         given = f"{pictures.dtype} {tuple(pictures.shape)}" if torch.is_tensor(pictures) else type(pictures).__name__
-        raise ValueError(f"pictures are a float tensor (N, 3, 32, 32) with values in [-1, 1]; given was {given}")
+        raise ValueError(f"pictures are a float tensor (N, {' or '.join(map(str, channels))}, 32, 32) with values in [-1, 1]; given was {given}")
     if not pictures.isfinite().all(): raise ValueError("the pictures hold values that are infinite or not numbers: the model that drew them has diverged")
     return pictures
 
@@ -126,6 +133,23 @@ def worn(
     return (x*(1 - 0.08*amount(1, 1, 1)) + 0.06*(2*amount(3, 1, 1) - 1)).clamp(-1, 1)
 
 # %% ../nbs/14_evaluation.ipynb #48b0bb0f
+def _train(kind, seed, steps, lr, loss, progress):
+    "Train a fresh classifier of a kind on a loss that draws its own batches."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = kind()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    with tqdm(range(steps), disable=not progress, unit="step", mininterval=1) as bar:
+        for _ in bar:
+            value = loss(classifier)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {value.item():.3f}", refresh=False)
+    return classifier.eval()
+
 def train_shapes_classifier(
     steps=3000,      # training steps
     seed=0,          # of the pictures, the weights and the batches
@@ -139,42 +163,35 @@ def train_shapes_classifier(
     pictures, labels = _drawn(count, seed)
     wrong, no_labels = _neither(pictures, labels, count//6, generator)
     pictures, labels = torch.cat([pictures, wrong]), torch.cat([labels, no_labels])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = ShapesClassifier()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.02, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    with tqdm(range(steps), disable=not progress, unit="step", mininterval=1) as bar:
-        for _ in bar:
-            pick = torch.randint(len(pictures), (batch,), generator=generator)
-            scores = classifier(worn(pictures[pick].float()/127.5 - 1, generator))
-            loss = sum(F.cross_entropy(s, labels[pick, i], ignore_index=_SKIP) for i, s in enumerate(scores.values()))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    return classifier.eval()
+    def loss(classifier):
+        pick = torch.randint(len(pictures), (batch,), generator=generator)
+        scores = classifier(worn(pictures[pick].float()/127.5 - 1, generator))
+        return sum(F.cross_entropy(s, labels[pick, i], ignore_index=_SKIP) for i, s in enumerate(scores.values()))
+    return _train(ShapesClassifier, seed, steps, lr, loss, progress)
 
 # %% ../nbs/14_evaluation.ipynb #21d9d040
-def _classifier_file(): return weights_folder()/"shapes_classifier.safetensors"
+def _save(classifier, path):
+    with whole_file(path or weights_folder()/classifier.shipped) as part:
+        save_file({name: weight.half().contiguous() for name, weight in classifier.state_dict().items()}, part, metadata={"format": "pt"})
+
+def _load(kind, path):
+    path, classifier = path or weights_folder()/kind.shipped, kind()
+    try: classifier.load_state_dict(read_weights(path))
+    except RuntimeError as error: raise ValueError(f"{path} doesn't hold the weights of a {kind.__name__} ({str(error).splitlines()[-1].strip()})") from None
+    return classifier.eval()
 
 def save_shapes_classifier(
     classifier,  # `ShapesClassifier`
     path=None,   # a .safetensors file; None: the one that ships with the package
 ):
     "Write a classifier's weights, in half precision."
-    with whole_file(path or _classifier_file()) as part:
-        save_file({name: weight.half().contiguous() for name, weight in classifier.state_dict().items()}, part, metadata={"format": "pt"})
+    _save(classifier, path)
 
 def load_shapes_classifier(
     path=None,  # a .safetensors file; None: the one that ships with the package
 ) -> ShapesClassifier:  # in float32 and evaluation mode
     "Read a classifier's weights."
-    path, classifier = path or _classifier_file(), ShapesClassifier()
-    try: classifier.load_state_dict(read_weights(path))
-    except RuntimeError as error: raise ValueError(f"{path} doesn't hold the weights of a ShapesClassifier ({str(error).splitlines()[-1].strip()})") from None
-    return classifier.eval()
+    return _load(ShapesClassifier, path)
 
 # %% ../nbs/14_evaluation.ipynb #18c0108f
 def prompts_for(
@@ -242,3 +259,112 @@ def prompt_report(
         for i, thing in enumerate(a.things):
             for name in _THING: rights[name].append(b is not None and i < len(b.things) and getattr(thing, name) == getattr(b.things[i], name))
     return report | dict(attributes={name: _share(these) for name, these in rights.items()}, neither=_share([b is None for b in read]))
+
+# %% ../nbs/14_evaluation.ipynb #f1d00002
+class ClothesClassifier(nn.Module):
+    "Say which of the ten kinds of Fashion-MNIST a grey picture shows; its last layer but one gives the features for FID and KID."
+    shipped = "clothes_classifier.safetensors"
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = _trunk(1)                      # -> (B, 80)
+        self.head = nn.Linear(80, len(CLOTHES))
+
+    def forward(self,
+        x,   # (B, 1, 32, 32) or (B, 3, 32, 32) in [-1, 1]; of a picture in colour the mean of its channels is seen
+    ):       # (B, 10) a score for each kind
+        "Score every kind of clothes."
+        return self.head(self.trunk(x.mean(1, keepdim=True)))
+
+    @torch.no_grad()
+    def features(self,
+        pictures,   # float (N, 1, 32, 32) or (N, 3, 32, 32) in [-1, 1]
+    ):              # (N, 80): what the head sees
+        "Turn pictures into features, 500 at a time."
+        x = _check_pictures(pictures, (1, 3)).to(self.head.weight).clamp(-1, 1)
+        return torch.cat([self.trunk(part.mean(1, keepdim=True)) for part in x.split(500)])
+
+# %% ../nbs/14_evaluation.ipynb #f1d00004
+def _kinds(data): return torch.tensor([CLOTHES.index(caption.removeprefix("a photo of ")) for caption in data.captions])
+
+def _mirrored(x, generator):
+    "Mirror about every second picture."
+    return torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
+
+def train_clothes_classifier(
+    steps=9000,      # training steps
+    seed=0,          # of the weights and the batches
+    batch=64,        # pictures in a step
+    lr=3e-3,         # peak of the learning rate
+    progress=True,   # show a bar?
+) -> ClothesClassifier:  # in evaluation mode
+    "Train a classifier on the 60,000 training pictures of Fashion-MNIST."
+    data, generator = fashion_mnist("train"), torch.Generator().manual_seed(seed)
+    kinds = _kinds(data)
+    def loss(classifier):
+        pick = torch.randint(len(data), (batch,), generator=generator)
+        return F.cross_entropy(classifier(_mirrored(data.batch(pick)[0][:, :1], generator)), kinds[pick])
+    return _train(ClothesClassifier, seed, steps, lr, loss, progress)
+
+# %% ../nbs/14_evaluation.ipynb #f1d00005
+def save_clothes_classifier(
+    classifier,  # `ClothesClassifier`
+    path=None,   # a .safetensors file; None: the one that ships with the package
+):
+    "Write a classifier's weights, in half precision."
+    _save(classifier, path)
+
+def load_clothes_classifier(
+    path=None,  # a .safetensors file; None: the one that ships with the package
+) -> ClothesClassifier:  # in float32 and evaluation mode
+    "Read a classifier's weights."
+    return _load(ClothesClassifier, path)
+
+# %% ../nbs/14_evaluation.ipynb #f1d00006
+def _check_features(real, generated, least=2):
+    "Refuse features that nothing can be said of; return them in double precision."
+    pair = [torch.as_tensor(x).detach().double() for x in (real, generated)]
+    for name, x in zip(("real", "generated"), pair):
+        if x.ndim != 2 or len(x) < least: raise ValueError(f"the {name} features have the shape {tuple(x.shape)}; they must be (samples, width), with {least} samples or more")
+        if not x.isfinite().all(): raise ValueError(f"the {name} features hold values that are infinite or not numbers: look at the pictures")
+    if pair[0].shape[1] != pair[1].shape[1]: raise ValueError(f"real features have {pair[0].shape[1]} numbers, generated ones {pair[1].shape[1]}: take both from one network")
+    return pair
+
+def fid(
+    real,        # (N, D) features of real pictures
+    generated,   # (M, D) those of generated ones, of the same network
+) -> float:      # 0 or more; 0 where means and covariances are the same
+    "Compute the Fréchet distance of two Gaussians that have the features' means and covariances (Heusel et al. 2017, eq. 6)."
+    (m, c), (m_w, c_w) = ((x.mean(0), torch.cov(x.T).reshape(x.shape[1], -1)) for x in _check_features(real, generated))
+    values, vectors = torch.linalg.eigh(c)
+    root = vectors*values.clamp(min=0).sqrt() @ vectors.T                             # the symmetric root of C
+    mixed = torch.linalg.eigvalsh(root @ c_w @ root).clamp(min=0).sqrt().sum()        # Tr (C C_w)^½: both products have the same eigenvalues
+    return max(0., ((m - m_w).square().sum() + c.trace() + c_w.trace() - 2*mixed).item())
+
+# %% ../nbs/14_evaluation.ipynb #f1d00007
+def kid(
+    real,        # (N, D) features of real pictures
+    generated,   # (M, D) those of generated ones, of the same network
+    chunk=1000,  # rows of the kernel matrix that are computed at once
+) -> float:      # 0 on average where both come from one distribution, so it can be below 0
+    "Estimate without bias the squared maximum mean discrepancy with the kernel (xᵀy/D + 1)³ (Bińkowski et al. 2018, section 4)."
+    x, y = _check_features(real, generated)
+    kernel = lambda a, b: (a @ b.T/a.shape[1] + 1)**3
+    total = lambda a, b: sum(kernel(part, b).sum() for part in a.split(chunk))
+    within = lambda a: (total(a, a) - ((a*a).sum(1)/a.shape[1] + 1).pow(3).sum())/(len(a)*(len(a) - 1))      # all pairs but those of a sample with itself
+    return (within(x) + within(y) - 2*total(x, y)/(len(x)*len(y))).item()
+
+# %% ../nbs/14_evaluation.ipynb #f1d00008
+def nearest(
+    queries,      # (N, ...) pictures or features
+    candidates,   # (M, ...) those to look among
+    chunk=256,    # queries at once
+) -> tuple:       # (N,) index of the nearest candidate, (N,) its Euclidean distance
+    "Find the nearest candidate of each query."
+    queries, candidates = queries.flatten(1).float(), candidates.flatten(1).float()
+    if not len(candidates): raise ValueError("there are no candidates to look among")
+    if queries.shape[1] != candidates.shape[1]: raise ValueError(f"a query has {queries.shape[1]} numbers, a candidate {candidates.shape[1]}: they must be of one kind")
+    if not (queries.isfinite().all() and candidates.isfinite().all()): raise ValueError("queries or candidates hold values that are infinite or not numbers")
+    squares = candidates.square().sum(1)
+    index = torch.cat([(squares - 2*part @ candidates.T).argmin(1) for part in queries.split(chunk)])        # |q - c|² without |q|², which changes no order
+    return index, (queries - candidates[index]).norm(dim=1)

@@ -1,18 +1,20 @@
-"Prompt accuracy for `shapes`: how far its classifier can be trusted, and what it says of painters of whom the answer is known."
+"The measures: prompt accuracy and its classifier, on painters of whom the answer is known; FID, KID and nearest neighbours, against plain formulas and distributions of which they are known."
 import json, random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sd_scratch.course import to_tensor, weights_folder
-from sd_scratch.data import BACKGROUNDS, COLORS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Thing, draw_scene, parse_caption, random_scene, shapes
-from sd_scratch.evaluation import (ShapesClassifier, load_shapes_classifier, prompt_accuracy, prompt_report, prompts_for, save_shapes_classifier,
-                                   train_shapes_classifier, worn)
+from sd_scratch.data import BACKGROUNDS, CLOTHES, COLORS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Thing, draw_scene, fashion_mnist, parse_caption, random_scene, shapes
+from sd_scratch.evaluation import (ClothesClassifier, ShapesClassifier, fid, kid, load_clothes_classifier, load_shapes_classifier, nearest, prompt_accuracy, prompt_report, prompts_for,
+                                   save_clothes_classifier, save_shapes_classifier, train_clothes_classifier, train_shapes_classifier, worn)
 
-WEIGHTS = weights_folder() / "shapes_classifier.safetensors"
+KINDS = dict(shapes=(ShapesClassifier, load_shapes_classifier, save_shapes_classifier), clothes=(ClothesClassifier, load_clothes_classifier, save_clothes_classifier))
+each_kind = pytest.mark.parametrize("kind, load, save", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -161,24 +163,190 @@ def test_training_learns():
     assert not classifier.training and sum(r is not None and r.background == s.background for r, s in zip(read, scenes)) > 120  # a quarter by chance
 
 
-def test_shipped_file_is_small_and_in_half_precision():
-    assert WEIGHTS.stat().st_size <= 0.5e6
-    with safe_open(WEIGHTS, "pt") as file: assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-    classifier = load_shapes_classifier()
-    assert {w.dtype for w in classifier.parameters()} == {torch.float32} and not classifier.training
+@each_kind
+def test_shipped_file_is_small_and_in_half_precision(kind, load, save):
+    path = weights_folder() / kind.shipped
+    assert path.stat().st_size <= 0.5e6
+    with safe_open(path, "pt") as file: assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+    classifier = load()
+    assert type(classifier) is kind and {w.dtype for w in classifier.parameters()} == {torch.float32} and not classifier.training
 
 
-def test_saved_classifier_comes_back(tmp_path, classifier):
-    save_shapes_classifier(classifier, tmp_path / "copy.safetensors")
-    assert (tmp_path / "copy.safetensors").read_bytes() == WEIGHTS.read_bytes()
+@each_kind
+def test_saved_classifier_comes_back(tmp_path, kind, load, save):
+    save(load(), tmp_path / "copy.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == (weights_folder() / kind.shipped).read_bytes()
+    torch.manual_seed(1)
+    fresh = kind()
+    save(fresh, tmp_path / "fresh.safetensors")
+    assert all(torch.equal(w, fresh.state_dict()[name].half().float()) for name, w in load(tmp_path / "fresh.safetensors").state_dict().items())
 
 
-def test_file_of_something_else(tmp_path):
-    save_file({"heads.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="doesn't hold the weights of a ShapesClassifier"): load_shapes_classifier(tmp_path / "other.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes(WEIGHTS.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged"): load_shapes_classifier(tmp_path / "cut.safetensors")
-    with pytest.raises(FileNotFoundError, match="none.safetensors"): load_shapes_classifier(tmp_path / "none.safetensors")
+@each_kind
+def test_file_of_something_else(tmp_path, kind, load, save):
+    other = next(other for other, *_ in KINDS.values() if other is not kind)
+    with pytest.raises(ValueError, match=f"{other.shipped} doesn't hold the weights of a {kind.__name__}"): load(weights_folder() / other.shipped)
+    (tmp_path / "cut.safetensors").write_bytes((weights_folder() / kind.shipped).read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"): load(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="none.safetensors"): load(tmp_path / "none.safetensors")
+
+
+# the network that looks at clothes
+
+@pytest.fixture(scope="module")
+def clothes():
+    try: return {split: fashion_mnist(split) for split in ("train", "test")}
+    except FileNotFoundError as error: pytest.skip(str(error))
+
+
+def grey(data, indices): return data.batch(indices)[0][:, :1]
+
+
+def accuracy(classifier, data, indices):
+    with torch.no_grad(): best = classifier(grey(data, indices)).argmax(1).tolist()
+    return sum(data.captions[i] == f"a photo of {CLOTHES[k]}" for i, k in zip(indices, best, strict=True)) / len(indices)
+
+
+def test_clothes_classifier_is_right_about_pictures_that_it_was_not_trained_on(clothes):
+    parts = [accuracy(load_clothes_classifier(), clothes["test"], range(i, i + 1000)) for i in range(0, 10_000, 1000)]
+    assert sum(parts) / 10 >= 0.92
+
+
+def test_features_are_what_the_head_sees_of_each_picture_by_itself():
+    classifier = load_clothes_classifier()
+    x = torch.rand(1003, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = classifier.features(x)
+    assert features.shape == (1003, 80) and features.dtype == torch.float32 and not features.requires_grad
+    torch.testing.assert_close(classifier.head(features), classifier(x))
+    torch.testing.assert_close(classifier.features(x[499:502]), features[499:502], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(classifier.features((3 * x)[:9]), classifier.features((3 * x)[:9].clamp(-1, 1)), rtol=0, atol=0)
+
+
+def test_of_a_picture_in_colour_the_clothes_classifier_sees_the_mean_of_the_channels():
+    classifier = load_clothes_classifier()
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(classifier.features(x), classifier.features(x.mean(1, keepdim=True)))
+    torch.testing.assert_close(classifier(x), classifier(x.mean(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("pictures, says", [
+    (torch.zeros(3, 32, 32), "(3, 32, 32)"), (torch.zeros(2, 2, 32, 32), "(2, 2, 32, 32)"), (torch.zeros(2, 1, 28, 28), "(2, 1, 28, 28)"),
+    (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "uint8"), (None, "NoneType"), (torch.full((2, 1, 32, 32), torch.nan), "diverged")])
+def test_features_of_pictures_of_the_wrong_kind(pictures, says):
+    with pytest.raises(ValueError) as error: ClothesClassifier().features(pictures)
+    assert says in str(error.value)
+
+
+def test_training_the_clothes_classifier(clothes):
+    torch.manual_seed(5)
+    train = lambda seed, lr=3e-3, steps=2: train_clothes_classifier(steps, seed, batch=16, lr=lr, progress=False)
+    first, again, start, other = (train(*how).state_dict() for how in ((0,), (0,), (0, 0.), (1, 0.)))
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(w, again[name]) for name, w in first.items()) and not torch.equal(start["head.weight"], other["head.weight"])
+    learned = train(0, steps=100)
+    assert not learned.training and accuracy(learned, clothes["test"], range(1000)) > 0.5           # a tenth by chance
+
+
+# FID, KID and nearest neighbours
+
+def cloud(n, d, seed=0, scale=1., shift=0.):
+    "Draw features that lie in no particular directions."
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix * scale + shift
+
+
+@pytest.mark.parametrize("n, m, d", [(500, 300, 20), (200, 1000, 80), (60, 40, 80), (2, 3, 5), (50, 70, 1)])
+def test_fid_is_the_formula_with_scipys_matrix_root(n, m, d):
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = cloud(n, d, 0).numpy(), cloud(m, d, 1, 1.5, 0.3).numpy()
+    c, c_w = (np.atleast_2d(np.cov(z, rowvar=False)) for z in (x, y))
+    if min(n, m) > d: root = linalg.sqrtm(c @ c_w).real.trace()
+    else: root = linalg.sqrtm((a := linalg.sqrtm(c).real) @ c_w @ a + 1e-14 * np.eye(d)).real.trace()   # sqrtm can't take the root of every singular product
+    want = ((x.mean(0) - y.mean(0))**2).sum() + c.trace() + c_w.trace() - 2 * root
+    assert fid(torch.tensor(x), torch.tensor(y)) == pytest.approx(want, rel=1e-5)
+
+
+def test_fid_of_gaussians_of_which_it_is_known():
+    flat = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = flat - flat.mean(0)
+    white = flat @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(flat.T))).T                         # mean 0, covariance 1, to the last digits
+    a, b = torch.tensor([1., 2, 3, 4, 5, 6]).double(), torch.tensor([6., 1, 1, 2, 0, 3]).double()
+    shift = torch.tensor([0., 1, 0, 0, 2, 0]).double()
+    assert fid(white * a, white * b + shift) == pytest.approx(5 + ((a - b)**2).sum().item())            # widths along common axes: their differences, squared
+    assert fid(white, 3 * white) == pytest.approx(6 * 4)
+
+
+@pytest.mark.parametrize("n", [3, 50, 400])
+def test_fid_has_the_properties_of_a_squared_distance(n):
+    x, y = cloud(n, 40), cloud(n + 7, 40, 1, 2.)
+    assert 0 <= fid(x, x) < 1e-6 and 0 <= fid(x, x.flip(0)) < 1e-6
+    assert fid(x, y) == pytest.approx(fid(y, x)) and fid(x, y) > 1
+    shift = torch.linspace(-1, 1, 40).double()
+    assert fid(x, x + shift) == pytest.approx(shift.square().sum().item(), abs=1e-4)                    # same shape elsewhere
+    assert fid(x + shift, y + shift) == pytest.approx(fid(x, y), rel=1e-6) and fid(3 * x, 3 * y) == pytest.approx(9 * fid(x, y), rel=1e-6)
+    turn = torch.linalg.qr(cloud(40, 40, 2))[0]
+    assert fid(x @ turn, y @ turn) == pytest.approx(fid(x, y), rel=1e-6)
+    assert isinstance(fid(x, y), float) and fid(x.float().numpy(), y.float()) == pytest.approx(fid(x, y), rel=1e-4)
+
+
+def test_fid_is_too_large_for_few_samples_and_kid_is_not():
+    draws = [torch.randn(2, 30, 10, generator=torch.Generator().manual_seed(seed)) for seed in range(400)]
+    fids, kids = (torch.tensor([measure(x, y) for x, y in draws]) for measure in (fid, kid))
+    assert fids.min() > 0.5                                                                             # 0 would be true
+    assert (kids < 0).any() and kids.mean().abs() < 3 * kids.std() / 400**0.5
+
+
+@pytest.mark.parametrize("n, m, d, chunk", [(13, 8, 5, 1000), (2, 30, 3, 7), (25, 25, 40, 10)])
+def test_kid_is_the_double_loop(n, m, d, chunk):
+    x, y = cloud(n, d, 0).tolist(), cloud(m, d, 1, 1.5, 0.3).tolist()
+    kernel = lambda a, b: (sum(p * q for p, q in zip(a, b)) / d + 1)**3
+    apart = lambda z: sum(kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1))
+    want = apart(x) + apart(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+    x, y = (torch.tensor(z, dtype=torch.float64) for z in (x, y))
+    assert kid(x, y, chunk) == pytest.approx(want, rel=1e-9)
+    assert kid(y, x) == pytest.approx(want, rel=1e-9)
+
+
+def test_kid_finds_a_difference():
+    x, y = cloud(1000, 20, 0), cloud(1000, 20, 0, 1.3)
+    assert abs(kid(x[:500], x[500:])) < 0.1 * kid(x[:500], y[500:]) and abs(kid(x[:500], x[500:])) < 0.1 * kid(x[:500], x[500:] + 0.5)
+
+
+@pytest.mark.parametrize("real, generated, says", [
+    (torch.zeros(1, 4), torch.zeros(9, 4), "the real features have the shape (1, 4)"), (torch.zeros(9, 4), torch.zeros(0, 4), "the generated features have the shape (0, 4)"),
+    (torch.zeros(9), torch.zeros(9, 4), "(9,)"), (torch.zeros(9, 1, 32, 32), torch.zeros(9, 4), "(9, 1, 32, 32)"), (torch.zeros(9, 4), torch.zeros(9, 5), "real features have 4 numbers, generated ones 5"),
+    (torch.zeros(9, 4), torch.full((9, 4), torch.inf), "the generated features hold values that are infinite"), (torch.full((9, 4), torch.nan), torch.zeros(9, 4), "the real features hold")])
+def test_features_that_nothing_can_be_said_of(real, generated, says):
+    for measure in fid, kid:
+        with pytest.raises(ValueError) as error: measure(real, generated)
+        assert says in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [256, 7])
+def test_nearest_is_what_all_distances_say(chunk):
+    generator = torch.Generator().manual_seed(0)
+    pictures, others = torch.randn(50, 1, 8, 8, generator=generator), torch.randn(300, 1, 8, 8, generator=generator)
+    distances = torch.stack([(others - p).flatten(1).norm(dim=1) for p in pictures])
+    index, distance = nearest(pictures, others, chunk)
+    assert torch.equal(index, distances.argmin(1))
+    torch.testing.assert_close(distance, distances.min(1).values)
+
+
+def test_nearest_finds_a_copy_at_distance_zero():
+    candidates = 5 + torch.randn(300, 1024, generator=torch.Generator().manual_seed(0))
+    index, distance = nearest(candidates[[7, 299, 0]], candidates)
+    assert index.tolist() == [7, 299, 0] and distance.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("queries, candidates, says", [
+    (torch.zeros(2, 4), torch.zeros(0, 4), "no candidates"), (torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4), "a query has 16 numbers, a candidate 48"),
+    (torch.full((2, 4), torch.nan), torch.zeros(2, 4), "not numbers"), (torch.zeros(2, 4), torch.full((2, 4), torch.inf), "infinite")])
+def test_nearest_of_what_can_not_be_compared(queries, candidates, says):
+    with pytest.raises(ValueError) as error: nearest(queries, candidates)
+    assert says in str(error.value)
 
 
 # prompts
