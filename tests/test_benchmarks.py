@@ -1,0 +1,79 @@
+"The benchmark on Fashion-MNIST: killed and called again, it ends with the row of a run that nobody disturbed, and keeps the rows of others."
+import importlib.util, json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd_scratch.data import CLOTHES, CaptionedPictures
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    "Give the benchmark, with few and small pictures' worth of work."
+    file = Path(__file__).parent.parent / "benchmarks" / "fashion_mnist.py"
+    spec = importlib.util.spec_from_file_location("fashion_mnist_benchmark", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pictures = torch.randint(0, 256, (300, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    captions = [f"a photo of {CLOTHES[i % 10]}" for i in range(300)]
+    monkeypatch.setattr(module, "fashion_mnist", lambda split: CaptionedPictures(pictures if split == "train" else pictures.flip(0)[:200], captions[:300 if split == "train" else 200]))
+    monkeypatch.setattr(module, "COUNT", 20)
+    monkeypatch.setattr(module, "EVALUATIONS", (2, 3))
+    small = dict(batch=4, lr=1e-3, decay=0.9)
+    monkeypatch.setattr(module, "RECIPES", dict(cpu=dict(
+        pixels=small | dict(unet=module.unet(4, 16, [16, 16], [0, 0])),
+        latents=small | dict(unet=module.unet(4, 8, [16, 16], [0, 0]), vae=module.autoencoder([8, 8]), kl=1e-6, share=0.3, vae_batch=4, vae_lr=1e-3))))
+    return module
+
+
+def rows(module, folder, out, **options):
+    "Run the benchmark and read what it wrote."
+    module.main(minutes=0.001, device="cpu", threads=1, folder=folder, out=out, **options)
+    return json.loads(out.read_text(encoding="utf-8"))["rows"]
+
+
+def timeless(row): return {key: value for key, value in row.items() if "minutes" not in key and key != "curve"} | dict(curve=[score for _, score in row["curve"]])
+
+
+def test_a_killed_benchmark_goes_on(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.Run, "plan", lambda self: self.notes.setdefault("plan", dict(vae=12, unet=16)))    # a timing would give each run another
+    whole = rows(bench, tmp_path / "whole", tmp_path / "whole.json")
+    assert [row["kind"] for row in whole] == ["latents", "pixels"] and all(len(row["curve"]) == 4 and list(row["scores"]) == ["2", "3"] and row["scores"]["3"]["draws"] == 3 for row in whole)
+    assert "FID/floor" in capsys.readouterr().out
+    denoise, left = bench.SAMPLERS[bench.SAMPLER], [0]
+
+    def killed(*args, **options):
+        left[0] -= 1
+        if not left[0]: raise KeyboardInterrupt
+        return denoise(*args, **options)
+
+    monkeypatch.setitem(bench.SAMPLERS, bench.SAMPLER, killed)
+    lives, found = 0, None
+    while found is None:
+        left[0], lives = 4, lives + 1                                                                             # dies at the fourth set of pictures, among them those of moments
+        try: found = rows(bench, tmp_path / "killed", tmp_path / "killed.json")
+        except KeyboardInterrupt: pass
+    assert lives == 6 and [timeless(row) for row in found] == [timeless(row) for row in whole]
+
+
+def test_a_new_run_keeps_the_rows_of_others(bench, tmp_path):
+    out = tmp_path / "out.json"
+    first = rows(bench, tmp_path, out, kinds="pixels")
+    other = first[0] | dict(machine="another")
+    out.write_text(json.dumps(dict(rows=[*first, other])), encoding="utf-8")
+    again = rows(bench, tmp_path, out, kinds="pixels", seed=1)
+    assert {(row["machine"], row["seed"]) for row in again} == {(first[0]["machine"], 0), (first[0]["machine"], 1), ("another", 0)}
+    assert len(rows(bench, tmp_path, out, kinds="pixels", seed=1)) == 3                                            # replaced, not added
+
+
+def test_the_ratio_is_read_off_the_curves(bench):
+    row = dict(minutes_asked=8, machine="m", threads=1, seed=0)
+    slow, fast = row | dict(kind="pixels", curve=[[1, 16], [2, 8], [4, 4], [8, 2]]), row | dict(kind="latents", curve=[[1, 4], [2, 3], [4, 1], [8, 0.5]])
+    (found,) = bench.ratios([slow, fast])
+    assert found["faster"] == "latents" and 2 < found["its_minutes"] < 4 and found["ratio"] == pytest.approx(8 / found["its_minutes"])
+    assert bench.minutes_to(slow["curve"], 8) == 2 and bench.minutes_to(slow["curve"], 1) is None
+
+
+def test_an_unknown_kind_is_refused(bench, tmp_path):
+    with pytest.raises(bench.typer.BadParameter, match="pixels, latents"): bench.main(minutes=1, kinds="sound", device="cpu", threads=1, folder=tmp_path, out=tmp_path / "out.json")
