@@ -215,18 +215,21 @@ class Run:
         "Train one network, or go on with it; return the minutes that its steps took, and those on the wall."
         clock = Clock(self.notes, name, len(fit.losses), self.device)
         if len(fit.losses) < fit.steps: self.say(f"{name}, step {len(fit.losses)} of {fit.steps}")
-        fit.go(loss, every=30, progress=False, callbacks=[clock, *(lambda fit, f=f: f(fit) and clock.start() for f in callbacks)])
+        fit.go(loss, every=min(30, 60 * self.minutes / 8), progress=False, callbacks=[clock, *(lambda fit, f=f: f(fit) and clock.start() for f in callbacks)])
         return [s / 60 for s in self.notes[name][1:]]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self):
-        "Turn all pictures into what the denoiser is trained on; return also the minutes."
-        start, pictures = seconds(self.device), self.bench.pictures
-        if not self.vae: return (pictures, None), 0
-        found = [self.vae.encode(scaled(part)) for part in pictures.split(500)]
-        middles, spreads = torch.cat([d.mean for d in found]), torch.cat([d.std for d in found])
+        "Turn all pictures into what the denoiser is trained on, once; return also the minutes."
+        if not self.vae: return (self.bench.pictures, None), 0
+        file, start = self.folder / "latents.safetensors", seconds(self.device)
+        if "encoding" not in self.notes:
+            found = [self.vae.encode(scaled(part)) for part in self.bench.pictures.split(500)]
+            with whole_file(file) as path: save_file(dict(middles=torch.cat([d.mean for d in found]), spreads=torch.cat([d.std for d in found])), path)
+            self.notes.keep(encoding=(seconds(self.device) - start) / 60)
+        middles, spreads = map(load_file(file, str(self.device)).get, ("middles", "spreads"))
         self.scale = 1 / middles.std()
-        return (self.scale * middles, self.scale * spreads), (seconds(self.device) - start) / 60
+        return (self.scale * middles, self.scale * spreads), self.notes["encoding"]
 
     @torch.inference_mode()
     def decode(self, x): return self.vae.decode(x / self.scale) if self.vae else x
