@@ -1,6 +1,7 @@
 """How good diffusion on Fashion-MNIST gets in some minutes on this machine, in pixels and in latents.
 
-    python benchmarks/fashion_mnist.py [--minutes M] [--kinds pixels,latents] [--device D] [--threads N] [--seed N] [--draws N] [--folder FOLDER] [--out FILE] [--note TEXT]
+    python benchmarks/fashion_mnist.py [--minutes M] [--kinds pixels,latents] [--device D] [--threads N] [--seed N] [--evaluations 20,50,100] [--draws N]
+        [--folder FOLDER] [--out FILE] [--note TEXT]
 
 Trains a UNet on the 60,000 training pictures with their ten captions, once on pixels (the four of a square of 2×2 as four channels) and once on the latents of an autoencoder,
 whose training counts. Then it paints 2,048 pictures three times with 20, 50 and 100 evaluations of the network, of captions drawn from the training set, and measures FID in the
@@ -255,7 +256,7 @@ class Run:
         with fit.averaged(): self.paint(f"moment-{share:g}", EVALUATIONS[0], 0)
         return True
 
-    def measure(self, draws):
+    def measure(self, evaluations, draws):
         "Train, paint and measure what isn't done yet; return the row of the table."
         plan, r, bench = self.plan(), self.recipe, self.bench
         minutes = self.train("vae", *self.vae_fit(plan["vae"], self.vae, self.folder / "vae.safetensors")) if self.vae else [0, 0]
@@ -263,16 +264,16 @@ class Run:
         before = minutes[0] + encoding
         spent = self.train("unet", *self.unet_fit(plan["unet"], self.unet, codes, self.folder / "unet.safetensors"), self.moment)
         whole = before + spent[0]
-        sets = {evaluations: [] for evaluations in EVALUATIONS}
+        sets = {number: [] for number in evaluations}
         for draw in range(draws):
-            for evaluations in EVALUATIONS: sets[evaluations].append(self.paint(f"{evaluations}-{draw}", evaluations, draw))
+            for number in evaluations: sets[number].append(self.paint(f"{number}-{draw}", number, draw))
         some = [bench.some(draw) for draw in range(DRAWS)]
         with torch.inference_mode(): copies = [torch.cat([drawn(self.vae.decode(self.vae.encode(scaled(part)).mean)) for part in one.split(500)]) for one in some] if self.vae else None
-        curve = [[before + share * spent[0], bench.scores([self.paint(f"moment-{share:g}", None, None)])["fid"]] for share in MOMENTS] + [[whole, bench.scores(sets[EVALUATIONS[0]][:1])["fid"]]]
+        curve = [[before + share * spent[0], bench.scores([self.paint(f"moment-{share:g}", None, None)])["fid"]] for share in MOMENTS] + [[whole, bench.scores([self.paint(f"{EVALUATIONS[0]}-0", EVALUATIONS[0], 0)])["fid"]]]
         return dict(kind=self.kind, minutes_asked=self.minutes, machine=describe(self.device), threads=self.threads, seed=self.seed, minutes=whole, minutes_of_the_autoencoder=before,
             minutes_on_the_wall=minutes[1] + encoding + spent[1], steps=plan["unet"], batch=r["batch"], pictures=plan["unet"] * r["batch"], parameters=count(self.unet), steps_of_the_autoencoder=plan.get("vae", 0),
             parameters_of_the_autoencoder=count(self.vae), sampler=SAMPLER, torch=torch.__version__, recipe=r, floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
-            copies=bench.scores(copies) if copies else None, scores={evaluations: bench.scores(each) for evaluations, each in sets.items()}, curve=curve)
+            copies=bench.scores(copies) if copies else None, scores={number: bench.scores(each) for number, each in sets.items()}, curve=curve)
 
 
 def count(network): return sum(w.numel() for w in network.parameters()) if network else 0
@@ -317,7 +318,7 @@ def table(rows):
         yield f"{r['minutes_asked']:g} minutes, {r['machine']}: {r['slower']} end with FID {r['fid']:.3g} after {r['minutes']:.1f} minutes; {r['faster']} have it after {'at most ' * r['at_least']}{r['its_minutes']:.1f}, {'at least ' * r['at_least']}{r['ratio']:.1f} times sooner"
 
 
-def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None, threads: int = os.cpu_count(), seed: int = 0, draws: int = DRAWS, folder: Path = None, out: Path = Path(__file__).with_suffix(".json"), note: str = ""):
+def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None, threads: int = os.cpu_count(), seed: int = 0, evaluations: str = ",".join(map(str, EVALUATIONS)), draws: int = DRAWS, folder: Path = None, out: Path = Path(__file__).with_suffix(".json"), note: str = ""):
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -326,7 +327,7 @@ def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None,
     if unknown := set(kinds.split(",")) - set(RECIPES["cpu"]): raise typer.BadParameter(f"there is no kind {', '.join(unknown)}; there are {', '.join(RECIPES['cpu'])}")
     bench, rows = Bench(pick_device(device)), []
     for kind in kinds.split(","):
-        row = Run(kind, minutes, bench, seed, folder or data_folder() / "benchmark", say).measure(draws) | dict(note=note)
+        row = Run(kind, minutes, bench, seed, folder or data_folder() / "benchmark", say).measure(sorted(map(int, evaluations.split(","))), draws) | dict(note=note)
         rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
         rows = sorted([*(r for r in rows if (r["kind"], *same(r)) != (kind, *same(row))), json.loads(json.dumps(row))], key=lambda r: (r["machine"], r["threads"], r["minutes_asked"], r["kind"], r["seed"]))
         with whole_file(out) as path: path.write_text(json.dumps(dict(rows=rows, ratios=ratios(rows)), indent=1) + "\n", encoding="utf-8")
