@@ -386,3 +386,12 @@ def test_a_sampler_that_is_not_known():
                                          ([(900, 500), (400, -1)], "ends at 500 and the next one begins at 400")])
 def test_steps_that_no_sampler_takes(name, steps, says):
     with pytest.raises(ValueError, match=says): SAMPLERS[name](denoiser, torch.zeros(1, 2), steps, seeded(), schedule=NoiseSchedule())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("count", [1, 4, 13])
+def test_evaluations_of_the_network(name, count):
+    looks = []
+    def counted(x, t): looks.append(t); return denoiser(x, t)
+    SAMPLERS[name](counted, torch.zeros(1, 2), sampling_steps(NoiseSchedule(), count), seeded(), schedule=NoiseSchedule())
+    assert len(looks) == (2 * count - 1 if name == "heun" else count)
