@@ -35,9 +35,10 @@ from sd_scratch.unet import UNet2DConditionModel
 from sd_scratch.vae import AutoencoderKL
 
 replayed = getattr(training, "replayed", lambda network, *inputs: network)
-COUNT, DRAWS, EVALUATIONS, MOMENTS = 2048, 3, (20, 50, 100), (1 / 8, 1 / 4, 1 / 2)
+COUNT, DRAWS, MOMENTS = 2048, 3, (1 / 8, 1 / 4, 1 / 2, 1)
 TIMING = 0.03                                                               # of the minutes, to find out how many steps they are
-SAMPLER = "dpm_solver"                                                      # one evaluation a step, on Karras' steps
+SAMPLER = {20: "ddim", 50: "euler_ancestral", 100: "euler_ancestral"}       # by evaluations: the best in a trial; on Karras' steps, one evaluation in each
+AT_A_MOMENT = "dpm_solver", 20                                              # of the training
 
 
 def unet(channels, side, widths, attention, layers=1):
@@ -236,15 +237,15 @@ class Run:
     def decode(self, x): return self.vae.decode(x / self.scale) if self.vae else x
 
     @torch.inference_mode()
-    def paint(self, name, evaluations, draw):
+    def paint(self, name, sampler, evaluations, draw):
         "Paint pictures of captions drawn from the training set, if the folder hasn't them; return them."
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
-            generator = torch.Generator().manual_seed(1000 * self.seed + draw)
+            generator, steps, found = torch.Generator().manual_seed(1000 * self.seed + draw), karras_steps(self.schedule, evaluations), []
             captions = self.bench.captions[torch.randint(len(self.bench.captions), (COUNT,), generator=generator).to(self.device)]
-            noise, steps = torch.randn(COUNT, *self.shape, generator=generator).to(self.device), karras_steps(self.schedule, evaluations)
-            parts = zip(*(whole.split(128 if self.device.type == "cpu" else COUNT) for whole in (noise, captions)))
-            found = [drawn(self.decode(SAMPLERS[SAMPLER](lambda x, t: self.unet(x, t, text), x, steps, schedule=self.schedule))) for x, text in parts]
+            noise = torch.randn(COUNT, *self.shape, generator=generator).to(self.device)
+            for x, text in zip(*(whole.split(128 if self.device.type == "cpu" else COUNT) for whole in (noise, captions))):
+                found.append(drawn(self.decode(SAMPLERS[sampler](lambda x, t: self.unet(x, t, text), x, steps, generator, schedule=self.schedule))))
             with whole_file(file) as path: save_file(dict(pictures=torch.cat(found)), path)
             self.say(f"painted {name}")
         return load_file(file)["pictures"]
@@ -253,7 +254,7 @@ class Run:
         "Paint with the averaged weights at some moments of the training, as a callback; say whether this was one."
         share = {round(share * fit.steps): share for share in MOMENTS}.get(len(fit.losses))
         if share is None: return False
-        with fit.averaged(): self.paint(f"moment-{share:g}", EVALUATIONS[0], 0)
+        with fit.averaged(): self.paint(f"moment-{share:g}", *AT_A_MOMENT, 0)
         return True
 
     def measure(self, evaluations, draws):
@@ -263,17 +264,16 @@ class Run:
         codes, encoding = self.encode()
         before = minutes[0] + encoding
         spent = self.train("unet", *self.unet_fit(plan["unet"], self.unet, codes, self.folder / "unet.safetensors"), self.moment)
-        whole = before + spent[0]
         sets = {number: [] for number in evaluations}
         for draw in range(draws):
-            for number in evaluations: sets[number].append(self.paint(f"{number}-{draw}", number, draw))
+            for number in evaluations: sets[number].append(self.paint(f"{SAMPLER[number]}-{number}-{draw}", SAMPLER[number], number, draw))
         some = [bench.some(draw) for draw in range(DRAWS)]
         with torch.inference_mode(): copies = [torch.cat([drawn(self.vae.decode(self.vae.encode(scaled(part)).mean)) for part in one.split(500)]) for one in some] if self.vae else None
-        curve = [[before + share * spent[0], bench.scores([self.paint(f"moment-{share:g}", None, None)])["fid"]] for share in MOMENTS] + [[whole, bench.scores([self.paint(f"{EVALUATIONS[0]}-0", EVALUATIONS[0], 0)])["fid"]]]
-        return dict(kind=self.kind, minutes_asked=self.minutes, machine=describe(self.device), threads=self.threads, seed=self.seed, minutes=whole, minutes_of_the_autoencoder=before,
+        curve = [[before + share * spent[0], bench.scores([self.paint(f"moment-{share:g}", *AT_A_MOMENT, 0)])["fid"]] for share in MOMENTS]
+        return dict(kind=self.kind, minutes_asked=self.minutes, machine=describe(self.device), threads=self.threads, seed=self.seed, minutes=before + spent[0], minutes_of_the_autoencoder=before,
             minutes_on_the_wall=minutes[1] + encoding + spent[1], steps=plan["unet"], batch=r["batch"], pictures=plan["unet"] * r["batch"], parameters=count(self.unet), steps_of_the_autoencoder=plan.get("vae", 0),
-            parameters_of_the_autoencoder=count(self.vae), sampler=SAMPLER, torch=torch.__version__, recipe=r, floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
-            copies=bench.scores(copies) if copies else None, scores={number: bench.scores(each) for number, each in sets.items()}, curve=curve)
+            parameters_of_the_autoencoder=count(self.vae), torch=torch.__version__, recipe=r, floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
+            copies=bench.scores(copies) if copies else None, scores={number: dict(sampler=SAMPLER[number]) | bench.scores(each) for number, each in sets.items()}, curve=curve)
 
 
 def count(network): return sum(w.numel() for w in network.parameters()) if network else 0
@@ -306,11 +306,11 @@ def spread(score): return f"{score['fid']:.3g}" + (f" ± {score['spread']:.2g}" 
 
 def table(rows):
     "Write the results as lines of text."
-    yield f"FID and KID of {COUNT:,} pictures, painted of captions drawn from the training set, against the 10,000 test pictures, in the features of the course's classifier of clothes; {SAMPLER}, Karras' steps; ± standard deviation"
-    yield f"{'kind':8} {'parameters':>10} {'minutes':>7} {'threads':>7} {'steps':>7} {'pictures':>10} {'evaluations':>11} {'FID':>16} {'floor':>16} {'FID/floor':>9} {'KID':>9}  machine"
+    yield f"FID and KID of {COUNT:,} pictures, painted of captions drawn from the training set, against the 10,000 test pictures, in the features of the course's classifier of clothes; Karras' steps; ± standard deviation"
+    yield f"{'kind':8} {'parameters':>10} {'minutes':>7} {'threads':>7} {'steps':>7} {'pictures':>10} {'evaluations':>11} {'sampler':15} {'FID':>16} {'floor':>16} {'FID/floor':>9} {'KID':>9}  machine"
     for r in rows:
         for evaluations, s in r["scores"].items():
-            yield (f"{r['kind']:8} {(r['parameters'] + r['parameters_of_the_autoencoder']) / 1e6:8.2f} M {r['minutes']:7.1f} {r['threads']:7} {r['steps']:7} {r['pictures']:10,} {evaluations:>11} "
+            yield (f"{r['kind']:8} {(r['parameters'] + r['parameters_of_the_autoencoder']) / 1e6:8.2f} M {r['minutes']:7.1f} {r['threads']:7} {r['steps']:7} {r['pictures']:10,} {evaluations:>11} {s['sampler']:15} "
                    f"{spread(s):>16} {spread(r['floor']):>16} {s['fid'] / r['floor']['fid']:9.2f} {s['kid']:9.2e}  {r['machine']}")
         if r["note"]: yield f"{'':8} {r['note']}"
         if r["copies"]: yield f"{'':8} its autoencoder's copies of real pictures: FID {spread(r['copies'])}, {r['copies']['fid'] / r['floor']['fid']:.2f} times the floor"
@@ -318,7 +318,7 @@ def table(rows):
         yield f"{r['minutes_asked']:g} minutes, {r['machine']}: {r['slower']} end with FID {r['fid']:.3g} after {r['minutes']:.1f} minutes; {r['faster']} have it after {'at most ' * r['at_least']}{r['its_minutes']:.1f}, {'at least ' * r['at_least']}{r['ratio']:.1f} times sooner"
 
 
-def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None, threads: int = os.cpu_count(), seed: int = 0, evaluations: str = ",".join(map(str, EVALUATIONS)), draws: int = DRAWS, folder: Path = None, out: Path = Path(__file__).with_suffix(".json"), note: str = ""):
+def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None, threads: int = os.cpu_count(), seed: int = 0, evaluations: str = ",".join(map(str, SAMPLER)), draws: int = DRAWS, folder: Path = None, out: Path = Path(__file__).with_suffix(".json"), note: str = ""):
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
