@@ -17,7 +17,8 @@ from torch import nn
 import sd_scratch.training
 from sd_scratch.data import CaptionedPictures
 from sd_scratch.optimizers import ExponentialMovingAverage, one_cycle
-from sd_scratch.training import Fit, LivePlot, draw, every_steps, join, seeded, several_processes, sparkline, step_generator
+from sd_scratch.training import Fit, LivePlot, draw, every_steps, join, replayed, seeded, several_processes, sparkline, step_generator
+from sd_scratch.unet import UNet2DConditionModel
 
 STEPS = 8
 SETTINGS = dict(steps=STEPS, lr=0.01, warmup=0.3, weight_decay=0.1, clip=0.5, decay=0.9, seed=3)
@@ -600,3 +601,25 @@ def test_processes_that_dont_fit_together(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the model is on cpu, and this process computes on meta"): fit(accelerator=Two())
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match="pip install accelerate"): several_processes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
+def test_replayed_on_a_gpu_trains_the_same():
+    "Recorded or launched one by one, a training ends with the same weights; in evaluation mode another batch size works."
+    unet = dict(sample_size=8, block_out_channels=[32, 32], layers_per_block=1, norm_num_groups=8, cross_attention_dim=16, attention_head_dim=2,
+                down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2)
+    text = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(0)).cuda()
+    ends = []
+    for record in (False, True):
+        with seeded(0): net = UNet2DConditionModel(**unet).cuda()
+        def loss(g):
+            x, t = torch.randn(8, 4, 8, 8, generator=g).cuda(), torch.randint(0, 1000, (8,), generator=g).cuda()
+            return (net(x, t, text) - x).square().mean()
+        run = Fit(net, steps=20)
+        if record: replayed(net, torch.zeros(8, 4, 8, 8).cuda(), torch.zeros(8, dtype=torch.long).cuda(), text)
+        run.go(loss, progress=False)
+        ends.append((run.losses, net(torch.ones(3, 4, 8, 8).cuda(), 7, text[:1]).detach().cpu()))
+    (a, x), (b, y) = ends
+    assert a[-1] < 0.9 * a[0]
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)
