@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from sd_scratch.clip import CLIPModel
 from sd_scratch.course import to_tensor, weights_folder
+from sd_scratch.data import CLOTHES, fashion_mnist, shapes
 from sd_scratch.evaluation import prompt_report, prompts_for
 from sd_scratch.pipeline import Plan, StableDiffusion, painter, shipped_models
 
@@ -31,6 +32,23 @@ def test_clip_belongs_to_it(pipe):
     ours, text = clip.text_model.state_dict(), pipe.text_encoder.state_dict()
     assert all(torch.equal(ours[k], text[k]) for k in text)
     assert len(pipe.tokenizer) == text["embeddings.token_embedding.weight"].shape[0]
+
+
+@torch.no_grad()
+def test_clip_finds_captions_and_pictures(pipe):
+    "Among 1,000 different captions of test scenes, the right one comes first for at least 60 % of the pictures, and the right picture likewise; clothes are told by their prompts."
+    clip = CLIPModel.from_pretrained(TINY / "clip")
+    look = lambda data, indices: torch.cat([clip.image_features(data.batch(part)[0]) for part in torch.tensor(indices).split(500)])
+    scenes = shapes("test", 2000)
+    first = {caption: i for i, caption in reversed(list(enumerate(scenes.captions)))}
+    chosen = sorted(first.values())[:1000]
+    similar = look(scenes, chosen) @ clip.text_features(pipe.tokenizer([scenes.captions[i] for i in chosen])).T          # (1000, 1000)
+    for way in 0, 1: assert (similar.argmax(way) == torch.arange(1000)).float().mean() >= 0.6
+    try: clothes = fashion_mnist("test")
+    except FileNotFoundError as error: pytest.skip(str(error))
+    said = [f"a photo of {name}" for name in CLOTHES]
+    found = (look(clothes, range(len(clothes))) @ clip.text_features(pipe.tokenizer(said)).T).argmax(1)
+    assert (found == torch.tensor([said.index(caption) for caption in clothes.captions])).float().mean() >= 0.85
 
 
 def test_diffusers_draws_the_same(pipe):
