@@ -83,7 +83,7 @@ def draw_noise(
         return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
     return torch.randn(tuple(shape), generator=generator, device=generator.device if generator else device, dtype=dtype).to(device)
 
-# %% ../nbs/13_denoising.ipynb #42850349
+# %% ../nbs/13_denoising.ipynb #a91c40de
 def _check_steps(steps, total):
     "Refuse steps that leave the table, go up, or don't follow on one another"
     for (t, t_next), (after, _) in zip(steps, [*steps[1:], (steps[-1][1], 0)] if steps else []):
@@ -91,6 +91,7 @@ def _check_steps(steps, total):
         if t_next >= t: raise ValueError(f"a step leads from {t} to {t_next}: noise is taken out downwards, to a lower time step, or to -1 for none")
         if t_next != after: raise ValueError(f"a step ends at {t_next} and the next one begins at {after}: it must begin where the one before has ended")
 
+# %% ../nbs/13_denoising.ipynb #42850349
 def ddpm(
     denoiser,        # callable (x, t) -> (B, ...): what schedule.prediction_type says
     x,               # (B, ...) standard normal noise
