@@ -23,18 +23,16 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sd_scratch import training
 from sd_scratch.course import data_folder, pick_device, whole_file
 from sd_scratch.data import fashion_mnist
 from sd_scratch.denoising import start_as_nothing
 from sd_scratch.evaluation import fid, kid, load_clothes_classifier
 from sd_scratch.noise import NoiseSchedule
 from sd_scratch.samplers import SAMPLERS, karras_steps
-from sd_scratch.training import Fit, seeded
+from sd_scratch.training import Fit, replayed, seeded
 from sd_scratch.unet import UNet2DConditionModel
 from sd_scratch.vae import AutoencoderKL
 
-replayed = getattr(training, "replayed", lambda network, *inputs: network)
 COUNT, DRAWS, MOMENTS = 2048, 3, (1 / 8, 1 / 4, 1 / 2, 1)
 TIMING = 0.03                                                               # of the minutes, to find out how many steps they are
 SAMPLER = {20: "ddim", 50: "euler_ancestral", 100: "euler_ancestral"}       # by evaluations: the best in a trial; on Karras' steps, one evaluation in each
