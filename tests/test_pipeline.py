@@ -8,9 +8,11 @@ import warnings
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from oracles import randomised
 
@@ -166,6 +168,83 @@ def test_long_prompt_warns(saved):
 ], ids=str)
 def test_refuses(saved, more, message):
     with pytest.raises(ValueError, match=message): StableDiffusion.from_pretrained(saved[0])(**dict(prompt="red heart") | more)
+
+
+WHITE_LEFT = Image.fromarray(np.uint8([[255] * 8 + [0] * 8] * 16))                                    # whole latent cells, so that every way of shrinking a mask agrees
+
+
+def photo(side=16, seed=0): return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def in_diffusers(kind, pipe):
+    pipe = kind(**{name: part for name, part in pipe.components.items() if name != "image_encoder"}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("more", [dict(), dict(strength=0.5), dict(strength=1.0), dict(strength=0.26), dict(generators=4), dict(eta=1.0), dict(guidance_scale=1.0)], ids=str)
+def test_image_to_image_is_diffusers(saved, more):
+    folder, theirs = saved
+    count = more.pop("generators", None) if (more := dict(more)) else None
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(count)] if count else torch.Generator().manual_seed(5)
+    given = dict(image=photo(), negative_prompt=["blue", ""], num_inference_steps=7, guidance_scale=4.0, num_images_per_prompt=2, output_type="np") | more
+    a = StableDiffusion.from_pretrained(folder)(PROMPTS, generator=seeds(), **given).images
+    b = in_diffusers(diffusers.StableDiffusionImg2ImgPipeline, theirs)(PROMPTS, generator=seeds(), **given).images
+    assert a.shape == b.shape and b.std() > 0.1 and abs(a - b).max() <= 1e-4
+
+
+@pytest.mark.parametrize("more", [dict(), dict(strength=0.6), dict(strength=0.3, guidance_scale=1.0), dict(latents=True)], ids=str)
+def test_inpainting_is_diffusers(saved, more):
+    folder, theirs = saved
+    more = more | (dict(latents=torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))) if "latents" in more else {})
+    given = dict(image=photo(), mask_image=WHITE_LEFT, negative_prompt=["blue", ""], num_inference_steps=7, guidance_scale=4.0, num_images_per_prompt=2, output_type="np", height=16, width=16) | more
+    a = StableDiffusion.from_pretrained(folder)(PROMPTS, generator=torch.Generator().manual_seed(5), **given).images
+    b = in_diffusers(diffusers.StableDiffusionInpaintPipeline, theirs)(PROMPTS, generator=torch.Generator().manual_seed(5), **given).images
+    assert a.shape == b.shape and b.std() > 0.1 and abs(a - b).max() <= 1e-4
+
+
+def test_mask_keeps_the_latents_where_it_is_black(saved):
+    "Outside of the mask the result is the picture's latent itself, whatever the prompt; a single white pixel frees its whole cell."
+    pipe = StableDiffusion.from_pretrained(saved[0])
+    dot = Image.new("L", (16, 16))
+    dot.putpixel((5, 11), 255)
+    assert pipe.encode_mask(dot, 16, 16).nonzero().tolist() == [[0, 0, 5, 2]]
+    draw = lambda prompt: pipe(prompt, image=photo(), mask_image=dot, num_inference_steps=3, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+    a, b, known = draw("red heart"), draw("blue"), pipe.encode_images([photo()], 16, 16, torch.Generator().manual_seed(0))
+    kept = pipe.encode_mask(dot, 16, 16).expand_as(a) == 0
+    assert torch.equal(a[kept], known[kept]) and torch.equal(b[kept], known[kept])
+    assert not torch.isclose(a[~kept], b[~kept], atol=1e-3).any()
+
+
+def test_pictures_of_other_sizes_and_kinds(saved):
+    "A picture is turned upright, cut and resized, with a warning; what is transparent becomes white; each prompt may have its own."
+    pipe = StableDiffusion.from_pretrained(saved[0])
+    wide = Image.fromarray(np.uint8([[[255, 0, 0]] * 16 + [[0, 255, 0]] * 32 + [[0, 0, 255]] * 16] * 32))
+    with pytest.warns(UserWarning, match="64 x 32.*resized to 16 x 16"): latents = pipe.encode_images([wide], 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        green = pipe.encode_images([Image.new("RGB", (16, 16), (0, 255, 0))] * 2, 16, 16, [torch.Generator().manual_seed(i) for i in (0, 1)])
+        assert torch.equal(pipe.encode_images([Image.new("RGBA", (16, 16))], 16, 16, torch.Generator().manual_seed(0)),
+                           pipe.encode_images([Image.new("RGB", (16, 16), "white")], 16, 16, torch.Generator().manual_seed(0)))
+        draw = lambda images, prompts=PROMPTS: pipe(prompts, image=images, num_inference_steps=3, latents=torch.zeros(2, 4, 8, 8), output_type="latent", generator=torch.Generator().manual_seed(0)).images
+        two = draw([photo(), photo(seed=1)])
+    assert latents.shape == (1, 4, 8, 8) and not torch.equal(green[0], green[1])
+    assert not torch.equal(two[1], draw(photo())[1])
+    turned = photo()
+    turned.getexif()[0x0112] = 6
+    assert pipe.encode_images([turned], 16, 16, torch.Generator().manual_seed(0)).sub(pipe.encode_images([photo().rotate(270)], 16, 16, torch.Generator().manual_seed(0))).abs().max() == 0
+    assert pipe("red heart", image=photo(24), height=24, width=24, num_inference_steps=2).images[0].size == (24, 24)
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(strength=0.5), "strength says what to do with a picture"), (dict(mask_image=WHITE_LEFT), "mask_image says what to do with a picture"), (dict(image="cat.png"), "PIL image"), (dict(image=torch.zeros(3, 16, 16)), "PIL image"),
+    (dict(image=[photo()] * 2), "2 images for 1 prompts"), (dict(image=photo(), strength=0), "strength is 0; it must be above 0"), (dict(image=photo(), strength=1.01), "strength is 1.01"),
+    (dict(image=photo(), strength="much"), "strength is 'much'"), (dict(image=photo(), strength=float("nan")), "strength is nan"), (dict(image=photo(), strength=0.01), "less than one step: take 101 steps"),
+    (dict(image=photo(), num_inference_steps=1), "less than one step: take 2 steps"), (dict(image=photo(), num_inference_steps=0), "0 sampling steps"), (dict(image=photo(32), mask_image=WHITE_LEFT), "one size"),
+    (dict(image=photo(), mask_image=Image.new("L", (16, 16))), "no white"), (dict(image=photo(), mask_image=[WHITE_LEFT]), "mask_image is a PIL image"), (dict(image=[]), "0 images"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_refuses_pictures(saved, more, message):
+    with pytest.raises(ValueError, match=message): StableDiffusion.from_pretrained(saved[0])("red heart", **more)
 
 
 def test_unknown_or_broken_models(saved, tmp_path):
