@@ -1,4 +1,4 @@
-"The benchmark on Fashion-MNIST: killed and called again, it ends with the row of a run that nobody disturbed, and keeps the rows of others."
+"The benchmarks, with little to do. Fashion-MNIST: killed and called again, it ends with the row of a run that nobody disturbed, and keeps the rows of others. Speed: both draw the same, and the parts add up."
 import importlib.util, json
 from pathlib import Path
 
@@ -8,13 +8,18 @@ import torch
 from sd_scratch.data import CLOTHES, CaptionedPictures
 
 
+def benchmark(name):
+    "Import a benchmark."
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def bench(monkeypatch):
     "Give the benchmark, with few and small pictures' worth of work."
-    file = Path(__file__).parent.parent / "benchmarks" / "fashion_mnist.py"
-    spec = importlib.util.spec_from_file_location("fashion_mnist_benchmark", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("fashion_mnist")
     pictures = torch.randint(0, 256, (300, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     captions = [f"a photo of {CLOTHES[i % 10]}" for i in range(300)]
     monkeypatch.setattr(module, "fashion_mnist", lambda split: CaptionedPictures(pictures if split == "train" else pictures.flip(0)[:200], captions[:300 if split == "train" else 200]))
@@ -80,3 +85,51 @@ def test_the_ratio_is_read_off_the_curves(bench):
 
 def test_an_unknown_kind_is_refused(bench, tmp_path):
     with pytest.raises(bench.typer.BadParameter, match="pixels, latents"): bench.main(minutes=1, kinds="sound", device="cpu", threads=1, folder=tmp_path, out=tmp_path / "out.json")
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    "Give the benchmark of the pipeline, with two steps to draw in."
+    module = benchmark("pipeline_speed")
+    monkeypatch.setattr(module, "STEPS", dict(tiny=2, wide=1))
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_speed_of_the_pipeline(speed, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps(dict(rows=[dict(machine="another", threads=1, model="tiny", batch=2)])), encoding="utf-8")
+    speed.main(models="tiny", batches="2", repeats=3, fresh=False, out=out)
+    said, rows = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert "UNet" in said and "Python" in said and len(rows) == 2                       # another machine's row stays
+    (row,) = [r for r in rows if r["machine"] != "another"]
+    assert row["difference"] <= 1e-4 and row["pixels"] == 32 and row["clock"] == "processor"
+    for side in speed.SIDES:
+        seconds, held = row["seconds"][side], row["tensors_mb"][side]
+        assert min(seconds.values()) > 0 and seconds["UNet"] > seconds["text encoder"]
+        assert sum(seconds[part] for part in (*speed.STAGES, "rest")) == pytest.approx(seconds["whole"], rel=0.2)    # medians, each of its own
+        assert sum(row["share"][side].values()) == pytest.approx(1) and 0 < row["share"][side]["convolutions"] < 1
+        assert 2 * 3 * 32 * 32 * 4 / 2 ** 20 < held["decoder"] <= held["whole"] < 20         # two pictures, and a little more
+    assert row["ratio"]["whole"]["low"] <= row["ratio"]["whole"]["median"] <= row["ratio"]["whole"]["high"]
+    speed.main(models="tiny", batches="2", repeats=1, fresh=False, out=out)
+    assert len(json.loads(out.read_text(encoding="utf-8"))["rows"]) == 2                # replaced, not added
+
+
+def test_speed_is_only_of_the_same_pictures(speed, tmp_path, monkeypatch):
+    opened = speed.opened
+
+    def spoilt(side, folder):
+        pipe = opened(side, folder)
+        if side == "ours": pipe.unet.conv_out.bias.data += 0.1
+        return pipe
+
+    monkeypatch.setattr(speed, "opened", spoilt)
+    with pytest.raises(SystemExit, match="differ"): speed.main(models="tiny", batches="1", repeats=1, fresh=False, out=tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    with pytest.raises(speed.typer.BadParameter, match="tiny, wide"): speed.main(models="huge", out=tmp_path / "out.json")
+
+
+def test_operators_are_told_apart(speed):
+    for name, kind in dict(mkldnn_convolution="convolutions", addmm="matrix products", t="matrix products", to="copies", native_layer_norm="norms", mul="elementwise", transpose="other operators",
+        _scaled_dot_product_flash_attention_for_cpu="attention").items(): assert speed.kind_of(f"aten::{name}") == kind
