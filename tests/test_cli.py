@@ -6,11 +6,12 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from sd_scratch.cli import picture_path
-from sd_scratch.pipeline import Plan, StableDiffusion, shipped_models
+from sd_scratch.cli import open_picture, picture_path, what_to_change
+from sd_scratch.pipeline import Plan, StableDiffusion, fit_picture, shipped_models
 from test_pipeline import MINI
 
 HEART = ("generate", "red heart")
@@ -81,6 +82,9 @@ def test_long_prompt(mini, tmp_path):
     ((*HEART, "--steps", 0), "--steps is 0"), ((*HEART, "--count", -1), "--count is -1"), ((*HEART, "--guidance", "nan"), "--guidance is nan"),
     ((*HEART, "--guidance", "much"), "valid number"), ((*HEART, "--seed", -1), "--seed is -1"), ((*HEART, "--model", "huge"), "no model 'huge'"),
     ((*HEART, "--device", "abacus"), "no device 'abacus'"), ((*HEART, "--out", "none/x.png"), "does not exist"), ((*HEART, "--out", "x.txt"), ".png"), ((*HEART, "--out", "."), "x"),
+    ((*HEART, "--width", 0), "--width is 0"), ((*HEART, "--height", 9999), "--height is 9999"), ((*HEART, "--width", 30), "multiples of"),
+    ((*HEART, "--strength", 0.5), "--strength says what to do with a picture: name the picture with --image"), ((*HEART, "--mask", "m.png"), "--mask says what to do with a picture"),
+    ((*HEART, "--image", "none.png"), "--image: there is no file none.png"), ((*HEART, "--image", "."), "is a folder"),
     (("generate",), "prompt"), (("paint", "x"), "paint"), (("train", "--data", "shapes"), "--out"),
     (("train", "--out", "m"), "--data is missing"), (("train", "--out", "m", "--data", "cats", "--minutes", "0.1"), "no data set or folder 'cats'"),
     (("train", "--out", "m", "--data", "shapes", "--minutes", "0"), "minutes is 0"), (("train", "--out", "m", "--resume"), "nothing to go on with"),
@@ -124,6 +128,86 @@ def test_own_folder(tmp_path):
     assert call("generate", "all red", "--model", "m", "--steps", 1, "--out", "x.png", cwd=tmp_path)[0] == 0
 
 
+@pytest.fixture
+def photo(tmp_path):
+    "A folder with a picture of 60 x 40 pixels, a red disc on white."
+    picture = Image.new("RGB", (60, 40), "white")
+    ImageDraw.Draw(picture).ellipse((16, 6, 44, 34), "red")
+    picture.save(tmp_path / "photo.png")
+    return tmp_path
+
+
+def seen(path):
+    "What a picture file holds, as numbers from 0 to 255."
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def painted(folder, name, *boxes, size=(60, 40), mode="L"):
+    "Save a mask: white boxes on black."
+    mask = Image.new(mode, size)
+    for box in boxes: mask.paste("white", box)
+    mask.save(folder / name)
+
+
+EDIT = ("generate", "a large blue circle on a white background", "--steps", 10, "--count", 1, "--image", "photo.png")
+
+
+def test_change_a_picture(photo):
+    "A weak change keeps the picture, a strong one doesn't; the picture is cut and resized, which is said in one line."
+    known, far = np.asarray(fit_picture(Image.open(photo / "photo.png"), 32, 32)).astype(int), []
+    for strength in (0.1, 0.9):
+        status, out, error = call(*EDIT, "--strength", strength, "--out", "x.png", cwd=photo)
+        assert status == 0 and error.count("\n") == 1 and "warning: the picture is 60 x 40 pixels" in error and "32 x 32" in error
+        far.append(abs(seen(photo / "x.png")[2::4, 2::4] - known).mean())                          # each pixel is drawn as 4 x 4
+    assert far[0] < 20 and far[1] > 40                                                            # measured: 10 and 73
+    Image.open(photo / "photo.png").crop((10, 0, 42, 32)).save(photo / "small.png")
+    status, out, error = call(*EDIT, "--image", "small.png", "--count", 2, "--out", "two.png", cwd=photo)
+    assert status == 0 and error == "" and Image.open(photo / "two.png").size == (2 * 130 + 2, 132)  # the size of the model: nothing to say
+
+
+def test_a_mask_keeps_what_is_black(photo):
+    painted(photo, "mask.png", (30, 0, 60, 40))
+    assert call(*EDIT, "--mask", "mask.png", "--out", "x.png", cwd=photo)[0] == 0
+    far = abs(seen(photo / "x.png")[2::4, 2::4] - np.asarray(fit_picture(Image.open(photo / "photo.png"), 32, 32))).mean((0, 2))   # of each column
+    assert far[:14].mean() < 20 and far[16:].mean() > 40                                          # measured: 8 and 82
+
+
+def test_size(photo):
+    assert call(*HEART, "--steps", 2, "--count", 1, "--width", 64, "--height", 16, "--out", "wide.png", cwd=photo)[0] == 0
+    assert Image.open(photo / "wide.png").size == (128, 32)
+
+
+def test_refuses_pictures(photo):
+    "Each is said in one line, before the model is opened."
+    early = (*EDIT, "--model", "huge")                                                             # there is no such model: whoever looks for it first says so
+    (photo / "text.png").write_text("no picture")
+    error = refused(*early, "--mask", "text.png", cwd=photo)
+    assert error.startswith("sd-scratch: --mask: text.png can't be read as a picture") and error.count("\n") == 1
+    assert "--strength is 1.5" in refused(*early, "--strength", 1.5, cwd=photo)
+    before = (photo / "photo.png").read_bytes()
+    assert "name another file" in refused(*early, "--out", "photo.png", cwd=photo)
+    assert (photo / "photo.png").read_bytes() == before
+    (photo / "half.png").write_bytes(before[:60])
+    painted(photo, "small.png", (0, 0, 9, 9), size=(40, 60))
+    painted(photo, "black.png")
+    Image.new("RGBA", (60, 40), (255, 255, 255, 0)).save(photo / "clear.png")                      # white, but nothing of it is there
+    for image, strength, mask, says in [("photo", 0, None, "--strength is 0"), ("photo", -0.5, None, "above 0"), ("photo", float("nan"), None, "--strength is nan"), ("photo", 1e-320, None, "less than one step"),
+            ("photo", 0.05, None, "take 0.1 or more"), ("half", None, None, "half.png can't be read"), ("photo", None, "none", "--mask: there is no file"), ("photo", None, "small", "--mask is 40 x 60 pixels, --image 60 x 40"),
+            ("photo", None, "black", "no white"), ("photo", None, "clear", "no white"), (None, None, "black", "--mask says what to do with a picture")]:
+        with pytest.raises((ValueError, OSError), match=says): what_to_change(image and photo / f"{image}.png", strength, mask and photo / f"{mask}.png", 10)
+
+
+def test_a_turned_photograph_and_its_mask(photo):
+    "A camera writes how it was held; what counts is the picture as it is seen."
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(photo / "photo.png").save(photo / "turned.jpg", exif=turned)
+    assert open_picture(photo / "turned.jpg", "--image", "white").size == (40, 60)
+    painted(photo, "mask.png", (0, 0, 9, 9), size=(40, 60))
+    assert what_to_change(photo / "turned.jpg", None, photo / "mask.png", 25)["strength"] == 1.0
+    assert what_to_change(photo / "turned.jpg", None, None, 25)["strength"] == 0.8
+
+
 def test_unwritable(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)                                # a folder without the right to write, even for the superuser
     with pytest.raises(PermissionError, match="can't be written"): picture_path(tmp_path / "x.png", "")
@@ -133,7 +217,9 @@ def test_doctor_and_help(tmp_path):
     status, out, error = call("doctor", cwd=tmp_path, SD_SCRATCH_DATA=str(tmp_path / "none"))
     assert status == 0, error
     for word in ("Python", "PyTorch", "device", "threads", "emoji font", "not there yet", "MISSING: downloaded", "minutes", *shipped_models()): assert word in out
-    assert "--guidance" in call("generate", "--help", cwd=tmp_path)[1] and "--resume" in call("train", "--help", cwd=tmp_path)[1]
+    help = call("generate", "--help", cwd=tmp_path)[1]
+    for option in ("--guidance", "--image", "--strength", "--mask", "--width", "--height"): assert option in help
+    assert "--resume" in call("train", "--help", cwd=tmp_path)[1]
 
 
 def test_help_needs_no_torch(tmp_path):
