@@ -119,8 +119,9 @@ class CLIPTokenizer:
         merges: list[tuple[str, str]],  # pairs to join, in the order learned
         model_max_length: int = 77,     # tokens in a row, begin and end included
         pad_token: str = END,           # fills short rows; SD 2.x has "!"
+        added: dict[str, int] | None = None,    # words that came later and stay whole -> id
     ):
-        self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
+        self.vocab, self.merges, self.added = dict(vocab), [tuple(pair) for pair in merges], dict(added or {})
         self.model_max_length, self.pad_token = model_max_length, pad_token
         for token in (BEGIN, END, pad_token):
             if token not in self.vocab: raise ValueError(f"the vocabulary lacks the special token {token!r}")
@@ -130,12 +131,19 @@ class CLIPTokenizer:
                 raise ValueError(f"vocabulary and merges do not belong together: merge {n}, {pair}, needs the token {lacking[0]!r}, which the vocabulary lacks")
         if strange := set("".join(self.vocab)) - BYTES.keys():
             raise ValueError(f"the vocabulary is not CLIP's kind: it has letters that stand for no byte, such as {min(strange)!r}")
+        if twice := [word for word in self.added if word in self.vocab or not clean(word).strip()]:
+            raise ValueError(f"the added word {twice[0]!r} is {'in the vocabulary already' if twice[0] in self.vocab else 'empty'}; choose another")
+        self.vocab |= self.added
         self.tokens = {id: token for token, id in self.vocab.items()}
         if len(self.tokens) < len(self.vocab): raise ValueError("the vocabulary gives the same id to two tokens")
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (self.vocab[token] for token in (BEGIN, END, pad_token))
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self.tokens |= {id: "".join(spell(word)) for word, id in self.added.items()}
         self.cache = {token: [token] for token in (BEGIN, END, pad_token)}
         self.special = regex.compile("(" + "|".join(map(regex.escape, self.cache)) + ")")
+        self.cache |= {clean(word): [word] for word in self.added}
+        longest_first = sorted(map(clean, self.added), key=len, reverse=True)
+        self.later = regex.compile("(" + ("|".join(map(regex.escape, longest_first)) or "(?!)") + ")")   # (?!) matches nothing
 
     def __len__(self): return len(self.vocab)
 
@@ -143,7 +151,8 @@ class CLIPTokenizer:
         if not isinstance(text, str): raise TypeError(f"a text must be a str, not {type(text).__name__}: {text!r:.80}")
         words = []
         for i, part in enumerate(self.special.split(text)):     # special tokens stand at the odd places
-            words += [part] if i % 2 else split_words(clean(part))
+            pieces = [part] if i % 2 else self.later.split(clean(part))     # here added words stand at the odd places
+            for j, piece in enumerate(pieces): words += [piece] if i % 2 or j % 2 else split_words(piece)
         for word in words:
             if word not in self.cache: self.cache[word] = merge_word(word, self.ranks)
         return [self.cache[word] for word in words]
@@ -260,11 +269,10 @@ def from_pretrained(
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists(): config |= {key: value for key, value in read_json(folder / name).items() if value is not None}
     added |= {token["content"]: id for id, token in config.get("added_tokens_decoder", {}).items()}
-    if extra := [token for token in added if token not in vocab]:
-        raise ValueError(f"{folder} adds tokens to the vocabulary, which is not supported: {', '.join(extra)}")
+    added = {token: int(id) for token, id in added.items() if token not in vocab}
     pad, length = config.get("pad_token", END), config.get("model_max_length", 77)
     if type(length) is not int or length < 2: raise ValueError(f"{folder}: model_max_length must be a whole number of at least 2, not {length!r}")
-    return cls(vocab, merges, length if length < 10**6 else 77, pad.get("content") if isinstance(pad, dict) else str(pad))
+    return cls(vocab, merges, length if length < 10**6 else 77, pad.get("content") if isinstance(pad, dict) else str(pad), added)
 
 # %% ../nbs/08_tokenizer.ipynb #8798a913
 @patch
@@ -272,11 +280,13 @@ def save_pretrained(
     self: CLIPTokenizer,
     folder: str | Path,  # made if need be
 ):
-    "Write vocab.json, merges.txt and the two small files that transformers reads beside them."
+    "Write vocab.json, merges.txt and the small files that transformers reads beside them."
     folder = Path(folder)
     special = dict(bos_token=BEGIN, eos_token=END, unk_token=END, pad_token=self.pad_token)
     config = special | dict(model_max_length=self.model_max_length, do_lower_case=True, tokenizer_class="CLIPTokenizer")
-    for name, content in dict(vocab=self.vocab, special_tokens_map=special, tokenizer_config=config).items():
+    vocab = {token: id for token, id in self.vocab.items() if token not in self.added}
+    if not self.added: (folder / "added_tokens.json").unlink(missing_ok=True)
+    for name, content in dict(vocab=vocab, special_tokens_map=special, tokenizer_config=config, **(dict(added_tokens=self.added) if self.added else {})).items():
         with whole_file(folder / f"{name}.json") as path: path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
     with whole_file(folder / "merges.txt") as path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")
