@@ -1,10 +1,12 @@
 """How long each stage of drawing takes, and how much memory: our `StableDiffusion` against diffusers' `StableDiffusionPipeline`, on the same weights.
 
-    python benchmarks/pipeline_speed.py [--models tiny,wide] [--batches 1,16] [--repeats N] [--threads N] [--out FILE]
+    python benchmarks/pipeline_speed.py [--models tiny,wide] [--batches 1,16] [--repeats N] [--threads N] [--channels-last] [--out FILE]
 
 Both open the folder that our `save_pretrained` wrote and draw the same prompts from the same latents with DDIM and guidance, in turn (ours, theirs, ours, theirs, ...). `wide` is `tiny` with four times the
 channels and random weights, on latents of 16×16: there the arithmetic counts, and what Python adds doesn't. A ratio below 1 says that we are quicker; ratios are taken within a turn, so that what else
 the machine does in that moment hits both. FILE keeps the rows of other machines, models, batches and numbers of threads.
+
+With --channels-last the weights of both lie in memory with all channels of a place side by side (one line, see `opened`); such rows stand under "channels_last" in FILE, the others under "rows".
 
 With one thread the seconds are the processor's, so that other work on the machine doesn't count; with more they are the clock's. Memory of a stage: the most bytes that its tensors hold at one moment, beside the weights.
 Memory of the process: the most that a fresh process occupies which imports, opens and draws.
@@ -46,11 +48,11 @@ def widened(pipe, factor=4, size=16):
     with seeded(0): return StableDiffusion(AutoencoderKL(**dict(vae, sample_size=pixels)).eval(), pipe.text_encoder, pipe.tokenizer, UNet2DConditionModel(**dict(unet, sample_size=size)).eval(), pipe.schedule)
 
 
-def opened(side, folder):
+def opened(side, folder, layout=torch.contiguous_format):
     "Open a folder, here or in diffusers."
-    if side == "ours": return StableDiffusion.from_pretrained(folder)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = StableDiffusion.from_pretrained(folder) if side == "ours" else diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    if side == "diffusers": pipe.set_progress_bar_config(disable=True)
+    for network in (pipe.unet, pipe.vae): network.to(memory_format=layout)
     return pipe
 
 
@@ -130,12 +132,12 @@ def spread(values):
     return dict(median=median(values), low=quantiles(values, n=4)[0], high=quantiles(values, n=4)[2]) if len(values) > 1 else dict.fromkeys(("median", "low", "high"), values[0])
 
 
-def measure(model, batch, repeats, fresh):
+def measure(model, batch, repeats, fresh, layout):
     "Measure one model with one size of batch; return the row of the table."
     with tempfile.TemporaryDirectory() as folder:
         tiny = StableDiffusion.from_pretrained("tiny")
         (tiny if model == "tiny" else widened(tiny)).save_pretrained(folder)
-        pipes = {side: opened(side, folder) for side in SIDES}
+        pipes = {side: opened(side, folder, layout) for side in SIDES}
         memory = {side: process_memory(side, folder, model, batch) if fresh else None for side in SIDES}
     nets = {name: getattr(pipes["ours"], name) for name in ("text_encoder", "unet", "vae")}
     size = pipes["ours"].unet.config["sample_size"]
@@ -175,18 +177,19 @@ def table(rows):
 def key(row): return tuple(row[name] for name in ("machine", "threads", "model", "batch"))
 
 
-def main(models: str = "tiny,wide", batches: str = "1,16", repeats: int = 9, threads: int = 1, fresh: bool = True, out: Path = Path(__file__).with_suffix(".json")):
+def main(models: str = "tiny,wide", batches: str = "1,16", repeats: int = 9, threads: int = 1, fresh: bool = True, channels_last: bool = False, out: Path = Path(__file__).with_suffix(".json")):
     if unknown := set(models.split(",")) - set(STEPS): raise typer.BadParameter(f"there is no model {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if repeats < 1: raise typer.BadParameter(f"repeats is {repeats}; it must be 1 or more")
     torch.set_num_threads(threads)
+    layout, place = (torch.channels_last, "channels_last") if channels_last else (torch.contiguous_format, "rows")
     for model in models.split(","):
         for batch in map(int, batches.split(",")):
-            row = measure(model, batch, repeats, fresh)
+            row = measure(model, batch, repeats, fresh, layout)
             print("\n".join(table([row])), flush=True)
             if row["difference"] > 1e-4: raise SystemExit(f"the pictures differ by {row['difference']:.1e}: nothing is written")
-            rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
-            rows = sorted([*(r for r in rows if key(r) != key(row)), json.loads(json.dumps(row))], key=key)
-            with whole_file(out) as path: path.write_text(json.dumps(dict(rows=rows), indent=1) + "\n", encoding="utf-8")
+            found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+            found[place] = sorted([*(r for r in found.get(place, []) if key(r) != key(row)), json.loads(json.dumps(row))], key=key)
+            with whole_file(out) as path: path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written to {out}")
 
 

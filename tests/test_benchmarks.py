@@ -112,15 +112,16 @@ def test_speed_of_the_pipeline(speed, tmp_path, capsys):
         assert sum(row["share"][side].values()) == pytest.approx(1) and 0 < row["share"][side]["convolutions"] < 1
         assert 2 * 3 * 32 * 32 * 4 / 2 ** 20 < held["decoder"] <= held["whole"] < 20         # two pictures, and a little more
     assert row["ratio"]["whole"]["low"] <= row["ratio"]["whole"]["median"] <= row["ratio"]["whole"]["high"]
-    speed.main(models="tiny", batches="2", repeats=1, fresh=False, out=out)
-    assert len(json.loads(out.read_text(encoding="utf-8"))["rows"]) == 2                # replaced, not added
+    for layout in (False, True): speed.main(models="tiny", batches="2", repeats=1, fresh=False, channels_last=layout, out=out)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert len(found["rows"]) == 2 and len(found["channels_last"]) == 1                 # replaced, not added
 
 
 def test_speed_is_only_of_the_same_pictures(speed, tmp_path, monkeypatch):
     opened = speed.opened
 
-    def spoilt(side, folder):
-        pipe = opened(side, folder)
+    def spoilt(side, folder, layout):
+        pipe = opened(side, folder, layout)
         if side == "ours": pipe.unet.conv_out.bias.data += 0.1
         return pipe
 
