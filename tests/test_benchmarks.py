@@ -97,7 +97,7 @@ def speed(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_speed_of_the_pipeline(speed, tmp_path, capsys):
+def test_speed_of_the_pipeline(speed, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     out.write_text(json.dumps(dict(rows=[dict(machine="another", threads=1, model="tiny", batch=2)])), encoding="utf-8")
     speed.main(models="tiny", batches="2", repeats=3, fresh=False, out=out)
@@ -112,8 +112,11 @@ def test_speed_of_the_pipeline(speed, tmp_path, capsys):
         assert sum(row["share"][side].values()) == pytest.approx(1) and 0 < row["share"][side]["convolutions"] < 1
         assert 2 * 3 * 32 * 32 * 4 / 2 ** 20 < held["decoder"] <= held["whole"] < 20         # two pictures, and a little more
     assert row["ratio"]["whole"]["low"] <= row["ratio"]["whole"]["median"] <= row["ratio"]["whole"]["high"]
+    turn = speed.turn
+    monkeypatch.setattr(speed, "turn", lambda pipe, *rest: (dict.fromkeys((took := turn(pipe, *rest))[0], 1.0 if isinstance(pipe, speed.StableDiffusion) else 4.0), took[1]))
     for layout in (False, True): speed.main(models="tiny", batches="2", repeats=1, fresh=False, channels_last=layout, out=out)
     found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["channels_last"][0]["ratio"]["UNet"] == dict.fromkeys(("median", "low", "high"), 0.25)                # ours / theirs
     assert len(found["rows"]) == 2 and len(found["channels_last"]) == 1                 # replaced, not added
 
 
