@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'PROMPTS', 'shipped_models', 'model_folder', 'StableDiffusion', 'fit_picture', 'Plan', 'painter', 'Trainer',
-           'seconds_per_step', 'plan_for']
+           'seconds_per_step', 'plan_for', 'examine']
 
 # %% ../nbs/17_pipeline.ipynb #f4179ff2
 import json
@@ -23,7 +23,7 @@ from .autoencoder import psnr
 from .clip import CLIPModel, CLIPTextModel, contrastive_loss
 from .course import image_grid, pick_device, to_image, to_tensor, weights_folder, whole_file
 from .data import DATASETS, CaptionedPictures, load_data, shapes
-from .denoising import denoising_loss, draw_noise, drop_captions, encode_pictures, start_as_nothing
+from .denoising import denoising_loss, draw_noise, drop_captions, encode_pictures, loss_per_level, start_as_nothing
 from .evaluation import prompt_report
 from .guidance import guided
 from .layers import read_json
@@ -125,6 +125,7 @@ def fit_picture(
     "Turn a picture upright, cut out its middle in the shape that is wanted, and resize it"
     return ImageOps.fit(ImageOps.exif_transpose(picture), (width, height), resample)
 
+# %% ../nbs/17_pipeline.ipynb #bacfe881
 @patch
 @torch.no_grad()
 def encode_images(self:StableDiffusion,
@@ -139,6 +140,7 @@ def encode_images(self:StableDiffusion,
     latent = self.vae.encode(torch.stack([to_tensor(fit_picture(image, width, height)) for image in images]).to(self.device))
     return self.vae.config["scaling_factor"] * (latent.mean + latent.std * draw_noise(latent.mean.shape, generator, self.device))
 
+# %% ../nbs/17_pipeline.ipynb #8fde2fbb
 @patch
 def encode_mask(self:StableDiffusion,
     mask,    # PIL image: white is drawn anew, black is kept
@@ -511,3 +513,27 @@ def plan_for(
         share = dict(vae=0.28, clip=0.07, unet=0.57)[name]
         setattr(plan, f"{name}_steps", max(1, int(60 * minutes * share / each)))
     return plan
+
+# %% ../nbs/17_pipeline.ipynb #c3d118c1
+@torch.no_grad()
+def examine(
+    pipe,        # `StableDiffusion`
+    data,        # `CaptionedPictures`, best such as no network was trained on
+    clip=None,   # the `CLIPModel` that the text encoder was trained in; None: `words` is left out
+    count=32,    # pictures to look at
+    seed=0,      # of the noise
+):               # dictionary of numbers
+    "Ask each stage of a model by itself, on real pictures, so that a bad picture can be blamed on one of them"
+    pictures, captions = data.batch(range(min(count, len(data))))
+    pictures, scale = pictures.to(pipe.device), pipe.vae.config["scaling_factor"]
+    latents, text = scale * pipe.vae.encode(pictures).mean, pipe.encode_prompts(captions)
+    found = dict(copy=psnr(pictures, pipe.vae.decode(latents / scale)).mean().item(), spread=latents.std().item())
+    if clip is not None:
+        ids = pipe.tokenizer(captions, text.shape[1]).to(pipe.device)
+        best = (clip.text_projection(pipe.text_encoder.pool(text, ids)) @ clip.image_features(pictures).T).argmax(1).tolist()
+        found["words"] = sum(captions[i] == captions[j] for i, j in enumerate(best)) / len(captions)
+    ask = lambda unet, text: loss_per_level(unet, pipe.schedule, latents, text, torch.Generator().manual_seed(seed), 4).mean().item()
+    found |= dict(right=ask(pipe.unet, text), wrong=ask(pipe.unet, text.roll(1, 0)), nothing=ask(lambda x, t, text: torch.zeros_like(x), text))
+    noise = draw_noise(latents[:8].shape, torch.Generator().manual_seed(seed), pipe.device)
+    drawn = pipe(captions[:8], *pictures.shape[2:], num_inference_steps=25, guidance_scale=5.0, latents=noise, output_type="latent").images
+    return found | dict(drawn=(drawn.std() / latents.std()).item())

@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from oracles import randomised
 
-from sd_scratch.data import emoji_captions
-from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, model_folder, painter, plan_for
+from sd_scratch.clip import CLIPModel
+from sd_scratch.data import CaptionedPictures, emoji_captions, shapes
+from sd_scratch.noise import NoiseSchedule
+from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, examine, model_folder, painter, plan_for
 from sd_scratch.tokenizer import CLIPTokenizer
 
 PROMPTS = ["red heart", "a large red circle above a small blue square on a white background"]
@@ -247,6 +249,38 @@ def test_refuses_pictures(saved, more, message):
     with pytest.raises(ValueError, match=message): StableDiffusion.from_pretrained(saved[0])("red heart", **more)
 
 
+def test_examine_blames_the_stage_that_was_broken():
+    "Each fault moves the numbers of its stage, and leaves those of the stages before it."
+    clip, data = CLIPModel.from_pretrained(model_folder("tiny") / "clip"), shapes("test", 8)
+
+    def numbers(data=data, change=lambda pipe: None):
+        change(pipe := StableDiffusion.from_pretrained("tiny"))
+        return examine(pipe, data, clip, count=8, seed=3)
+
+    def same(broken, *names): return all(broken[name] == pytest.approx(healthy[name], rel=1e-3) for name in names)
+
+    healthy = numbers()
+    assert healthy["copy"] > 30 and 0.8 < healthy["spread"] < 1.2 and healthy["words"] > 0.8 and 0.8 < healthy["drawn"] < 1.3
+    assert healthy["right"] < 0.3 < 0.6 < min(healthy["nothing"], healthy["wrong"])
+    assert numbers() == healthy
+
+    scaled = numbers(change=lambda pipe: pipe.vae.config.update(scaling_factor=0.3 * pipe.vae.config["scaling_factor"]))
+    assert same(scaled, "copy", "words") and scaled["spread"] == pytest.approx(0.3 * healthy["spread"], rel=1e-3) and scaled["drawn"] > 2
+
+    noisy = numbers(change=lambda pipe: setattr(pipe, "schedule", NoiseSchedule(prediction_type="epsilon")))
+    assert same(noisy, "copy", "spread", "words") and noisy["nothing"] == pytest.approx(1, abs=0.05) and noisy["right"] > 0.6
+
+    def forget(pipe):
+        with torch.no_grad():
+            for w in pipe.text_encoder.parameters(): w.copy_(torch.randn(w.shape, generator=torch.Generator().manual_seed(0)))
+    deaf = numbers(change=forget)
+    assert same(deaf, "copy", "spread", "nothing") and deaf["words"] < 0.5 and deaf["right"] > 2 * healthy["right"]
+
+    moved = numbers(CaptionedPictures(data.pictures, data.captions[-1:] + data.captions[:-1]))                # each picture gets its neighbour's caption
+    assert same(moved, "copy", "spread", "nothing") and moved["words"] < 0.2 and moved["right"] == pytest.approx(healthy["wrong"], rel=1e-3)
+    assert "words" not in examine(StableDiffusion.from_pretrained("tiny"), data, count=2)
+
+
 def test_unknown_or_broken_models(saved, tmp_path):
     with pytest.raises(ValueError, match="no model 'nope'"): model_folder("nope")
     (tmp_path / "empty").mkdir()
@@ -284,7 +318,6 @@ def parts(trainer):
     "Train the three networks, and give all their weights."
     vae = trainer.vae()
     tokenizer, clip = trainer.clip()
-    from sd_scratch.noise import NoiseSchedule
     unet = trainer.unet(vae, tokenizer, clip.text_model, NoiseSchedule(**trainer.plan.schedule))
     return {f"{name}.{k}": w for name, model in (("vae", vae), ("clip", clip), ("unet", unet)) for k, w in model.state_dict().items()}
 
