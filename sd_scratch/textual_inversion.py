@@ -119,7 +119,7 @@ def learn_word(
     captions,      # N strings that have the word in them
     like,          # a known word of one token to begin with
     steps=300,     # of the training
-    lr=0.02,       # peak of the learning rate
+    lr=0.04,       # peak of the learning rate
     batch=16,      # pictures in a step
     seed=0,        # of the training
     callbacks=(),  # functions of the run, called after each step; run.model is the `NewWord`
