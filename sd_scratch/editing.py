@@ -10,6 +10,7 @@ import math
 
 import torch
 from .denoising import _check_steps, draw_noise
+from .guidance import _pushed
 from .samplers import ddim
 
 # %% ../nbs/18_editing.ipynb #bf4e07db
@@ -119,12 +120,10 @@ def steered(
     def steering(x, t):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0, eps = schedule.split(denoiser(x, t), x, t)
-            value = loss(x0)
+            answer = denoiser(x, t)
+            value = loss(schedule.split(answer, x, t)[0])
             if value.shape != x.shape[:1]: raise ValueError(f"the loss has the shape {tuple(value.shape)}; it must give one number for each of the {len(x)} pictures")
             if not value.requires_grad: raise ValueError("the loss doesn't depend on the picture: compute it without detach, item, round or no_grad")
             gradient, = torch.autograd.grad(value.sum(), x)
-        x, (signal, sigma) = x.detach(), schedule.scales(t, x)
-        eps = eps.detach() + scale * sigma * gradient
-        return schedule.target((x - sigma * eps) / signal, eps, t)
+        return _pushed(schedule, answer.detach(), x.detach(), t, gradient, -scale)              # downhill
     return steering

@@ -16,6 +16,13 @@ def _check_scale(scale):
         raise ValueError(f"the guidance scale is {scale!r}; it must be a number, 0 or more, such as 5.0")
     if scale < 0: raise ValueError(f"the guidance scale is {scale!r}; it must be 0 or more. To move away from something, make it the negative prompt (no_text) and choose a scale above 1")
 
+def _pushed(schedule, output, x, t, slope, scale):
+    "Push the predicted noise against a slope, and say the result in the schedule's prediction type."
+    signal, sigma = schedule.scales(t, x)
+    _, eps = schedule.split(output, x, t)
+    eps = eps - scale * sigma * slope
+    return schedule.target((x - sigma * eps) / signal, eps, t)
+
 def classifier_guided(
     denoiser, # callable (x, t) -> (B, ...): what schedule.prediction_type says, usually without a prompt
     log_probability, # callable (x, t) -> (B,): log p(c | x_t) of each noisy x, differentiable in x
@@ -28,10 +35,7 @@ def classifier_guided(
         with torch.enable_grad():
             noisy = x.detach().requires_grad_()
             slope, = torch.autograd.grad(log_probability(noisy, t).sum(), noisy)  # (B, ...): a sum has each picture's own slope
-        signal, sigma = schedule.scales(t, x)
-        _, eps = schedule.split(denoiser(x, t), x, t)
-        eps = eps - scale * sigma * slope
-        return schedule.target((x - sigma * eps) / signal, eps, t)
+        return _pushed(schedule, denoiser(x, t), x, t, slope, scale)
     return guided_by_classifier
 
 # %% ../nbs/16_guidance.ipynb #129234e7

@@ -66,6 +66,9 @@ class StableDiffusion:
 @patch(as_prop=True)
 def device(self:StableDiffusion): return next(self.unet.parameters()).device
 
+@patch(as_prop=True)
+def vae_scale_factor(self:StableDiffusion): return 2 ** (len(self.vae.config["block_out_channels"]) - 1)    # pixels along a side for each place of the latent
+
 @patch
 def to(self:StableDiffusion,
     device,  # a torch.device or its name
@@ -148,17 +151,16 @@ def encode_mask(self:StableDiffusion,
     height,  # likewise
 ):           # (1, 1, h, w) zeros and ones
     "Shrink a mask to the latents: a place is drawn anew where any of its pixels is white"
-    factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
     white = to_tensor(fit_picture(mask, width, height, Image.Resampling.NEAREST).convert("L"))[None, :1] >= 0    # (1, 1, H, W)
-    return F.max_pool2d(white.float(), factor).to(self.device)
+    return F.max_pool2d(white.float(), self.vae_scale_factor).to(self.device)
 
 # %% ../nbs/17_pipeline.ipynb #824c02a4
 @patch
-def _check(self:StableDiffusion, prompts, negatives, sides, factor, count, output_type, images, strength, mask, count_of_steps):
+def _check(self:StableDiffusion, prompts, negatives, sides, count, output_type, images, strength, mask, count_of_steps):
     "Refuse what can't be drawn, before anything is computed."
     if not prompts or not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompt is a string or a list of strings, not {prompts!r}")
     if len(negatives) != len(prompts): raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-    if any(side % factor or side <= 0 for side in sides): raise ValueError(f"height and width are {sides[0]} and {sides[1]}; they must be multiples of {factor}")
+    if any(side % self.vae_scale_factor or side <= 0 for side in sides): raise ValueError(f"height and width are {sides[0]} and {sides[1]}; they must be multiples of {self.vae_scale_factor}")
     if count < 1: raise ValueError(f"num_images_per_prompt is {count}; it must be 1 or more")
     if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type is {output_type!r}; there are pil, np, pt, latent")
     if images is None:
@@ -167,7 +169,7 @@ def _check(self:StableDiffusion, prompts, negatives, sides, factor, count, outpu
     if not all(isinstance(image, Image.Image) for image in images): raise ValueError(f"image is a PIL image or a list of them, not {images!r:.200}; sd_scratch.course.to_image makes one of a tensor")
     if len(images) not in (1, len(prompts)): raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one, or one for each")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1: raise ValueError(f"strength is {strength!r}; it must be above 0 (keep the picture) and at most 1 (draw it anew)")
-    if not int(count_of_steps * strength): raise ValueError(f"a strength of {strength} of {count_of_steps} steps is less than one step: take {int(1 / strength) + 1} steps or more, or a larger strength")
+    if not int(count_of_steps * strength): raise ValueError(f"a strength of {strength} of {count_of_steps} steps is less than one step: take {1 / strength + 1:.0f} steps or more, or a larger strength")
     if mask is None: return
     if not isinstance(mask, Image.Image): raise ValueError(f"mask_image is a PIL image, white where the picture is drawn anew, not {mask!r:.200}")
     if any(mask.size != image.size for image in images): raise ValueError(f"mask_image is {mask.size[0]} x {mask.size[1]} pixels, the picture {images[0].size[0]} x {images[0].size[1]}: they must have one size")
@@ -196,15 +198,14 @@ def __call__(self:StableDiffusion,
     "Draw pictures of prompts; with an image, change it (Meng et al. 2022, *SDEdit*); with a mask, only a part of it (Lugmayr et al. 2022, section 4.1)"
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative_prompt or ""] * len(prompts) if negative_prompt is None or isinstance(negative_prompt, str) else list(negative_prompt)
-    factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-    sides = [side or (self.unet.config["sample_size"] or 64) * factor for side in (height, width)]
+    sides = [side or (self.unet.config["sample_size"] or 64) * self.vae_scale_factor for side in (height, width)]
     images = [image] if isinstance(image, Image.Image) else None if image is None else list(image)
     if images and strength is None: strength = 0.8 if mask_image is None else 1.0
     steps = sampling_steps(self.schedule, num_inference_steps)
-    self._check(prompts, negatives, sides, factor, num_images_per_prompt, output_type, images, strength, mask_image, len(steps))
+    self._check(prompts, negatives, sides, num_images_per_prompt, output_type, images, strength, mask_image, len(steps))
     text = self.encode_prompts(prompts).repeat_interleave(num_images_per_prompt, 0)
     no_text = self.encode_prompts(negatives).repeat_interleave(num_images_per_prompt, 0) if guidance_scale > 1 else None
-    shape = (len(text), self.unet.config["in_channels"], *(side // factor for side in sides))
+    shape = (len(text), self.unet.config["in_channels"], *(side // self.vae_scale_factor for side in sides))
     if latents is not None and tuple(latents.shape) != shape: raise ValueError(f"latents have shape {tuple(latents.shape)}; these prompts and sizes need {shape}")
     if images:
         each = len(text) // len(images)

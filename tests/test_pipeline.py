@@ -184,25 +184,20 @@ def in_diffusers(kind, pipe):
     return pipe
 
 
-@pytest.mark.parametrize("more", [dict(), dict(strength=0.5), dict(strength=1.0), dict(strength=0.26), dict(generators=4), dict(eta=1.0), dict(guidance_scale=1.0)], ids=str)
-def test_image_to_image_is_diffusers(saved, more):
-    folder, theirs = saved
-    count = more.pop("generators", None) if (more := dict(more)) else None
-    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(count)] if count else torch.Generator().manual_seed(5)
-    given = dict(image=photo(), negative_prompt=["blue", ""], num_inference_steps=7, guidance_scale=4.0, num_images_per_prompt=2, output_type="np") | more
-    a = StableDiffusion.from_pretrained(folder)(PROMPTS, generator=seeds(), **given).images
-    b = in_diffusers(diffusers.StableDiffusionImg2ImgPipeline, theirs)(PROMPTS, generator=seeds(), **given).images
+def same_edits(saved, kind, generator=lambda: torch.Generator().manual_seed(5), **more):
+    "Change a picture here and in diffusers, each with a fresh generator."
+    given = {name: value for name, value in arguments(**dict(num_inference_steps=7, latents=None) | more).items() if value is not None}     # image to image knows no latents
+    a, b = (pipe(PROMPTS, image=photo(), generator=generator(), **given).images for pipe in (StableDiffusion.from_pretrained(saved[0]), in_diffusers(kind, saved[1])))
     assert a.shape == b.shape and b.std() > 0.1 and abs(a - b).max() <= 1e-4
 
 
-@pytest.mark.parametrize("more", [dict(), dict(strength=0.6), dict(strength=0.3, guidance_scale=1.0), dict(latents=True)], ids=str)
-def test_inpainting_is_diffusers(saved, more):
-    folder, theirs = saved
-    more = more | (dict(latents=torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))) if "latents" in more else {})
-    given = dict(image=photo(), mask_image=WHITE_LEFT, negative_prompt=["blue", ""], num_inference_steps=7, guidance_scale=4.0, num_images_per_prompt=2, output_type="np", height=16, width=16) | more
-    a = StableDiffusion.from_pretrained(folder)(PROMPTS, generator=torch.Generator().manual_seed(5), **given).images
-    b = in_diffusers(diffusers.StableDiffusionInpaintPipeline, theirs)(PROMPTS, generator=torch.Generator().manual_seed(5), **given).images
-    assert a.shape == b.shape and b.std() > 0.1 and abs(a - b).max() <= 1e-4
+@pytest.mark.parametrize("more", [dict(), dict(strength=0.5), dict(strength=1.0), dict(strength=0.26), dict(generator=lambda: [torch.Generator().manual_seed(i) for i in range(4)]), dict(eta=1.0),
+    dict(guidance_scale=1.0)], ids=lambda more: str(list(more.items())[:1]) if "generator" not in more else "generators")
+def test_image_to_image_is_diffusers(saved, more): same_edits(saved, diffusers.StableDiffusionImg2ImgPipeline, **more)
+
+
+@pytest.mark.parametrize("more", [dict(), dict(strength=0.6), dict(strength=0.3, guidance_scale=1.0), dict(latents=arguments()["latents"])], ids=["whole", "strength", "no guidance", "latents"])
+def test_inpainting_is_diffusers(saved, more): same_edits(saved, diffusers.StableDiffusionInpaintPipeline, mask_image=WHITE_LEFT, height=16, width=16, **more)
 
 
 def test_mask_keeps_the_latents_where_it_is_black(saved):
@@ -241,7 +236,7 @@ def test_pictures_of_other_sizes_and_kinds(saved):
 @pytest.mark.parametrize("more, message", [
     (dict(strength=0.5), "strength says what to do with a picture"), (dict(mask_image=WHITE_LEFT), "mask_image says what to do with a picture"), (dict(image="cat.png"), "PIL image"), (dict(image=torch.zeros(3, 16, 16)), "PIL image"),
     (dict(image=[photo()] * 2), "2 images for 1 prompts"), (dict(image=photo(), strength=0), "strength is 0; it must be above 0"), (dict(image=photo(), strength=1.01), "strength is 1.01"),
-    (dict(image=photo(), strength="much"), "strength is 'much'"), (dict(image=photo(), strength=float("nan")), "strength is nan"), (dict(image=photo(), strength=0.01), "less than one step: take 101 steps"),
+    (dict(image=photo(), strength="much"), "strength is 'much'"), (dict(image=photo(), strength=float("nan")), "strength is nan"), (dict(image=photo(), strength=0.01), "less than one step: take 101 steps"), (dict(image=photo(), strength=1e-320), "less than one step"),
     (dict(image=photo(), num_inference_steps=1), "less than one step: take 2 steps"), (dict(image=photo(), num_inference_steps=0), "0 sampling steps"), (dict(image=photo(32), mask_image=WHITE_LEFT), "one size"),
     (dict(image=photo(), mask_image=Image.new("L", (16, 16))), "no white"), (dict(image=photo(), mask_image=[WHITE_LEFT]), "mask_image is a PIL image"), (dict(image=[]), "0 images"),
 ], ids=lambda value: value if isinstance(value, str) else "")
