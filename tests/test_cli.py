@@ -1,26 +1,46 @@
-"The program as its user calls it: a process of its own, its output, its exit status, what it leaves behind."
+"The program as its user calls it: its output, its exit status, what it leaves behind."
 import json
 import os
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from sd_scratch.cli import open_picture, picture_path, what_to_change
-from sd_scratch.pipeline import Plan, StableDiffusion, fit_picture, shipped_models
+from sd_scratch import pipeline
+from sd_scratch.cli import main, open_picture, picture_path, what_to_change
+from sd_scratch.evaluation import prompt_report, prompts_for
+from sd_scratch.pipeline import Plan, StableDiffusion, fit_picture, seconds_per_step, shipped_models
 from test_pipeline import MINI
 
 HEART = ("generate", "red heart")
 
 
 def call(*words, cwd, **env):
-    "Run sd-scratch; give exit status, output and errors."
-    done = subprocess.run([sys.executable, "-c", "from sd_scratch.cli import main; main()", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
-        env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), COLUMNS="200") | env)
+    "Call the program's outermost function, as a process of its own would; give exit status, output and errors."
+    out, error = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(error):
+        warnings.simplefilter("default")
+        for kind in DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning: warnings.simplefilter("ignore", kind)      # Python's own beginning
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["sd-scratch", *map(str, words)])
+        for name, value in env.items(): patch.setenv(name, value)
+        with pytest.raises(SystemExit) as end: main()
+    return end.value.code, out.getvalue(), error.getvalue()
+
+
+def process(program, cwd, *words):
+    "Run Python in a process of its own; give exit status, output and errors."
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+        env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -31,6 +51,16 @@ def refused(*words, cwd, **env):
     assert status == 2 and "Traceback" not in error, error
     assert sorted(cwd.rglob("*")) == before
     return error
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_measurements():
+    "The program's own measurements, on few prompts and on small networks."
+    few = [prompt for held_out in (False, True) for things in (1, 2) for prompt in prompts_for(2, held_out, things)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "prompt_report", partial(prompt_report, prompts=few))
+        patch.setattr(pipeline, "seconds_per_step", lambda plan, *more, **options: seconds_per_step(replace(plan, widths=MINI.widths), *more, **options))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +97,10 @@ def test_generate(mini, tmp_path):
     assert status == 0 and str(tmp_path / "b.png") in out and error == ""
     assert Image.open(tmp_path / "a.png").size == (3 * 130 + 2, 132)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()                # same seed, same pictures
-    call(*HEART, "--model", model, "--steps", 2, "--count", 3, "--seed", 8, "--negative", "blue", "--out", "c.png", cwd=tmp_path)
-    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+    usual = {"--model": model, "--steps": 2, "--count": 3, "--seed": 7, "--out": "c.png"}
+    for option, value in {"--seed": 8, "--negative": "blue", "--guidance": 1, "--steps": 3, "--model": "tiny"}.items():
+        assert call(*HEART, *(word for pair in (usual | {option: value}).items() for word in pair), cwd=tmp_path)[0] == 0
+        assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes(), f"{option} changes nothing"
     for _ in range(2): call(*HEART, "--model", model, "--steps", 1, "--count", 1, cwd=tmp_path)
     assert (tmp_path / "red-heart.png").exists() and (tmp_path / "red-heart-2.png").exists()      # nothing is overwritten by default
 
@@ -99,7 +131,6 @@ def test_refuses_folders(tmp_path, mini):
     data = tmp_path / "pictures"
     data.mkdir()
     train = ("train", "--data", "pictures", "--out", "m", "--plan", "plan.json")
-    from dataclasses import replace
     replace(MINI, data=["pictures"]).save(tmp_path / "plan.json")
     assert "metadata.jsonl" in refused(*train, cwd=tmp_path)
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\nnot json\n')
@@ -116,7 +147,6 @@ def test_refuses_folders(tmp_path, mini):
 
 def test_own_folder(tmp_path):
     "Train on one's own pictures, and draw."
-    from dataclasses import replace
     folder = tmp_path / "pictures"
     folder.mkdir()
     colors = ["red", "blue", "green", "yellow"]
@@ -188,13 +218,31 @@ def test_refuses_pictures(photo):
     assert "name another file" in refused(*early, "--out", "photo.png", cwd=photo)
     assert (photo / "photo.png").read_bytes() == before
     (photo / "half.png").write_bytes(before[:60])
+    for image, mask, says in ("half", None, "--image: .*half.png can't be read"), ("photo", "half", "--mask: .*half.png can't be read"), ("photo", "none", "--mask: there is no file"):
+        with pytest.raises((ValueError, OSError), match=says): what_to_change(photo / f"{image}.png", None, mask and photo / f"{mask}.png", 10)
+
+
+def test_refuses_what_the_class_refuses(photo):
+    "The program speaks of its options, and before PyTorch is there; it may not be milder or stricter than `StableDiffusion`, which looks again."
+    painted(photo, "half.png", (0, 0, 9, 9))
     painted(photo, "small.png", (0, 0, 9, 9), size=(40, 60))
     painted(photo, "black.png")
+    painted(photo, "dark.png", (0, 0, 60, 40))
+    Image.open(photo / "dark.png").point(lambda x: x // 2).save(photo / "dark.png")                # 127 of 255 is black
     Image.new("RGBA", (60, 40), (255, 255, 255, 0)).save(photo / "clear.png")                      # white, but nothing of it is there
-    for image, strength, mask, says in [("photo", 0, None, "--strength is 0"), ("photo", -0.5, None, "above 0"), ("photo", float("nan"), None, "--strength is nan"), ("photo", 1e-320, None, "less than one step"),
-            ("photo", 0.05, None, "take 0.1 or more"), ("half", None, None, "half.png can't be read"), ("photo", None, "none", "--mask: there is no file"), ("photo", None, "small", "--mask is 40 x 60 pixels, --image 60 x 40"),
-            ("photo", None, "black", "no white"), ("photo", None, "clear", "no white"), (None, None, "black", "--mask says what to do with a picture")]:
-        with pytest.raises((ValueError, OSError), match=says): what_to_change(image and photo / f"{image}.png", strength, mask and photo / f"{mask}.png", 10)
+    pipe = StableDiffusion.from_pretrained("tiny")
+    def both(image, strength, mask):
+        yield lambda: what_to_change(image and photo / f"{image}.png", strength, mask and photo / f"{mask}.png", 10)
+        yield lambda: pipe("", num_inference_steps=10, output_type="latent", image=image and Image.open(photo / f"{image}.png"), strength=strength, mask_image=mask and Image.open(photo / f"{mask}.png"))
+    for image, strength, mask, says in [("photo", 0, None, "strength is 0"), ("photo", -0.5, None, "above 0"), ("photo", 1.01, None, "at most 1"), ("photo", float("nan"), None, "strength is nan"), ("photo", 1e-320, None, "less than one step"),
+            ("photo", 0.0999, None, "less than one step"), ("photo", 0.05, "half", "less than one step"), (None, 0.5, None, "strength says what to do with a picture"), (None, None, "half", "mask(_image)? says what to do with a picture"),
+            ("photo", None, "small", "mask(_image)? is 40 x 60 pixels, .* 60 x 40"), ("photo", None, "black", "no white"), ("photo", None, "dark", "no white"), ("photo", None, "clear", "no white")]:
+        for ask in both(image, strength, mask):
+            with pytest.raises(ValueError, match=says): ask()
+    for image, strength, mask in ("photo", 0.1, None), ("photo", 1, None), ("photo", 0.1, "half"), (None, None, None):
+        with warnings.catch_warnings(action="ignore"):
+            for ask in both(image, strength, mask): ask()
+    with pytest.raises(ValueError, match="take 0.1 or more"): what_to_change(photo / "photo.png", 0.05, None, 10)
 
 
 def test_a_turned_photograph_and_its_mask(photo):
@@ -222,9 +270,20 @@ def test_doctor_and_help(tmp_path):
     assert "--resume" in call("train", "--help", cwd=tmp_path)[1]
 
 
+PROGRAM = "from sd_scratch.cli import main; main()"
+SLOW = "import atexit, sys; atexit.register(lambda: print(*(m for m in ('torch', 'matplotlib', 'diffusers', 'transformers') if m in sys.modules))); "
+
+
+def test_a_process_of_its_own(tmp_path):
+    "What the shell sees: nothing on the channel for errors when all went well; one line and status 2 otherwise, and then PyTorch was never needed."
+    status, out, error = process(PROGRAM, tmp_path, *HEART, "--steps", 1, "--count", 1)
+    assert (status, out, error) == (0, f"1 picture of 'red heart' saved in {tmp_path / 'red-heart.png'}\n", "")
+    assert process(SLOW + PROGRAM, tmp_path, *HEART, "--image", "none.png") == (2, "\n", "sd-scratch: --image: there is no file none.png\n")
+
+
 def test_help_needs_no_torch(tmp_path):
-    program = "import sys, sd_scratch.cli; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'diffusers', 'transformers')))"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
+    status, out, error = process(SLOW + PROGRAM, tmp_path, "generate", "--help")
+    assert status == 0 and "--guidance" in out and out.endswith("\n\n") and error == ""           # the last line, of slow modules, is empty
 
 
 def test_program_is_installed():
