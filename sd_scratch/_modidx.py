@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'sd_scratch.data.load_data': ('data.html#load_data', 'sd_scratch/data.py'),
                                  'sd_scratch.data.parse_caption': ('data.html#parse_caption', 'sd_scratch/data.py'),
                                  'sd_scratch.data.picture_folder': ('data.html#picture_folder', 'sd_scratch/data.py'),
+                                 'sd_scratch.data.plain_picture': ('data.html#plain_picture', 'sd_scratch/data.py'),
                                  'sd_scratch.data.random_scene': ('data.html#random_scene', 'sd_scratch/data.py'),
                                  'sd_scratch.data.shapes': ('data.html#shapes', 'sd_scratch/data.py')},
             'sd_scratch.denoising': { 'sd_scratch.denoising._check_steps': ('denoising.html#_check_steps', 'sd_scratch/denoising.py'),

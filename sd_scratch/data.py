@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLOTHES', 'SIZES', 'COLORS', 'SHAPES', 'RELATIONS', 'BACKGROUNDS', 'HELD_OUT', 'DATASETS', 'CaptionedPictures',
            'fashion_mnist', 'Thing', 'Scene', 'parse_caption', 'random_scene', 'draw_scene', 'shapes', 'emoji_captions',
-           'emoji', 'picture_folder', 'load_data']
+           'emoji', 'plain_picture', 'picture_folder', 'load_data']
 
 # %% ../nbs/03_data.ipynb #509934f6
 import json
@@ -267,6 +267,16 @@ def emoji(
     drawn = {code: image for code, image in drawn.items() if image and image != absent}
     return CaptionedPictures(torch.stack([_to_bytes(o) for o in drawn.values()]), [emoji_captions()[code] for code in drawn], "emoji", split)
 
+# %% ../nbs/03_data.ipynb #c7p1a1np
+def plain_picture(
+    picture,           # PIL image of any mode with 8 bits a channel
+    paper="white",     # colour that shows where the picture is transparent
+) -> Image.Image:      # RGB
+    "Turn a picture upright and lay it on paper, so that cutting and reducing it works as it should."
+    if picture.mode[0] in "IF": raise ValueError(f"a pixel of the mode {picture.mode} has more than 8 bits; save it with 8 bits a channel")
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert("RGB")
+
 # %% ../nbs/03_data.ipynb #52c1bc1e
 _LINE = 'Each line is a JSON object such as {"file_name": "cat.png", "text": "a sleeping cat"}'
 
@@ -280,9 +290,7 @@ def _read_line(line, folder):
     if Path(name).is_absolute() or ".." in Path(name).parts: raise ValueError(f"the picture {name!r} lies outside the folder; move it inside")
     if not path.is_file(): raise ValueError(f"there is no picture {name!r} in {folder}; add it or remove the line")
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF": raise ValueError(f"a pixel of the mode {image.mode} has more than 8 bits; save it with 8 bits a channel")
-            square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (32, 32), Image.Resampling.LANCZOS)
+        with Image.open(path) as image: square = ImageOps.fit(plain_picture(image), (32, 32), Image.Resampling.LANCZOS)
     except Exception as error: raise ValueError(f"the picture {name!r} can't be read ({error}); replace it or remove the line") from error
     return name, entry["text"], _to_bytes(square)
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from .autoencoder import psnr
 from .clip import CLIPModel, CLIPTextModel, contrastive_loss
 from .course import image_grid, pick_device, to_image, to_tensor, weights_folder, whole_file
-from .data import DATASETS, CaptionedPictures, load_data, shapes
+from .data import DATASETS, CaptionedPictures, load_data, plain_picture, shapes
 from .denoising import denoising_loss, draw_noise, drop_captions, encode_pictures, loss_per_level, start_as_nothing
 from .evaluation import prompt_report
 from .guidance import guided
@@ -73,8 +73,9 @@ def vae_scale_factor(self:StableDiffusion): return 2 ** (len(self.vae.config["bl
 def to(self:StableDiffusion,
     device,  # a torch.device or its name
 ):           # self
-    "Move the networks to a device"
-    for network in (self.vae, self.text_encoder, self.unet): network.to(device)
+    "Move the networks to a device; on the processor, lay the weights of convolutions with all channels of a place side by side, which is quicker there"
+    layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+    for network in (self.vae, self.text_encoder, self.unet): network.to(device, memory_format=layout)
     return self
 
 # %% ../nbs/17_pipeline.ipynb #19d24492
@@ -88,7 +89,7 @@ def from_pretrained(cls:StableDiffusion,
     if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"):
         raise ValueError(f"{folder} holds a {kind}; we open StableDiffusionPipeline (Stable Diffusion 1.x and 2.x)")
     return cls(AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"), UNet2DConditionModel.from_pretrained(folder / "unet"), NoiseSchedule.from_pretrained(folder / "scheduler"))
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), UNet2DConditionModel.from_pretrained(folder / "unet"), NoiseSchedule.from_pretrained(folder / "scheduler")).to("cpu")
 
 # %% ../nbs/17_pipeline.ipynb #e47dd837
 @patch
@@ -120,13 +121,14 @@ def encode_prompts(self:StableDiffusion,
 
 # %% ../nbs/17_pipeline.ipynb #67bd9c8a
 def fit_picture(
-    picture,                              # PIL image
+    picture,                              # PIL image of any mode with 8 bits a channel
     width,                                # of the result, pixels
     height,                               # likewise
     resample=Image.Resampling.LANCZOS,    # how to resize
-):                                        # PIL image
+    paper="white",                        # colour that shows where the picture is transparent
+):                                        # PIL image, RGB
     "Turn a picture upright, cut out its middle in the shape that is wanted, and resize it"
-    return ImageOps.fit(ImageOps.exif_transpose(picture), (width, height), resample)
+    return ImageOps.fit(plain_picture(picture, paper), (width, height), resample)
 
 # %% ../nbs/17_pipeline.ipynb #bacfe881
 @patch
@@ -138,7 +140,7 @@ def encode_images(self:StableDiffusion,
     generator=None,  # torch.Generator, or a list of B of them
 ):                   # (B, C, h, w)
     "Turn pictures into scaled latents; warn of a picture that must be resized"
-    for size in {ImageOps.exif_transpose(image).size for image in images} - {(width, height)}:
+    for size in {plain_picture(image).size for image in images} - {(width, height)}:
         warnings.warn(f"the picture is {size[0]} x {size[1]} pixels: its middle is cut out and resized to {width} x {height}; height and width choose another size", stacklevel=3)
     latent = self.vae.encode(torch.stack([to_tensor(fit_picture(image, width, height)) for image in images]).to(self.device))
     return self.vae.config["scaling_factor"] * (latent.mean + latent.std * draw_noise(latent.mean.shape, generator, self.device))
@@ -146,12 +148,12 @@ def encode_images(self:StableDiffusion,
 # %% ../nbs/17_pipeline.ipynb #8fde2fbb
 @patch
 def encode_mask(self:StableDiffusion,
-    mask,    # PIL image: white is drawn anew, black is kept
+    mask,    # PIL image: white is drawn anew; black, or transparent, is kept
     width,   # of the picture, pixels
     height,  # likewise
 ):           # (1, 1, h, w) zeros and ones
     "Shrink a mask to the latents: a place is drawn anew where any of its pixels is white"
-    white = to_tensor(fit_picture(mask, width, height, Image.Resampling.NEAREST).convert("L"))[None, :1] >= 0    # (1, 1, H, W)
+    white = to_tensor(fit_picture(mask, width, height, Image.Resampling.NEAREST, "black").convert("L"))[None, :1] >= 0    # (1, 1, H, W)
     return F.max_pool2d(white.float(), self.vae_scale_factor).to(self.device)
 
 # %% ../nbs/17_pipeline.ipynb #824c02a4
@@ -170,9 +172,11 @@ def _check(self:StableDiffusion, prompts, negatives, sides, count, output_type, 
     if len(images) not in (1, len(prompts)): raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one, or one for each")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1: raise ValueError(f"strength is {strength!r}; it must be above 0 (keep the picture) and at most 1 (draw it anew)")
     if not int(count_of_steps * strength): raise ValueError(f"a strength of {strength} of {count_of_steps} steps is less than one step: take {1 / strength + 1:.0f} steps or more, or a larger strength")
+    pictures = [plain_picture(image) for image in images]
     if mask is None: return
     if not isinstance(mask, Image.Image): raise ValueError(f"mask_image is a PIL image, white where the picture is drawn anew, not {mask!r:.200}")
-    if any(mask.size != image.size for image in images): raise ValueError(f"mask_image is {mask.size[0]} x {mask.size[1]} pixels, the picture {images[0].size[0]} x {images[0].size[1]}: they must have one size")
+    mask = plain_picture(mask, "black")
+    for size in {picture.size for picture in pictures} - {mask.size}: raise ValueError(f"mask_image is {mask.width} x {mask.height} pixels, the picture {size[0]} x {size[1]}: they must have one size")
     if mask.convert("L").getextrema()[1] < 128: raise ValueError("mask_image has no white: nothing would be drawn anew; paint white what is to change")
 
 # %% ../nbs/17_pipeline.ipynb #a59d2b93
@@ -192,7 +196,7 @@ def __call__(self:StableDiffusion,
     output_type="pil",          # "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], "latent"
     image=None,                 # PIL image to begin with, or a list with one for each prompt; None: begin with noise
     strength=None,              # of the change, above 0 to 1: the share of the steps that is taken; None: 0.8, with a mask 1
-    mask_image=None,            # PIL image of the size of image: white is drawn anew, black is kept
+    mask_image=None,            # PIL image of the size of image: white is drawn anew; black, or transparent, is kept
     callback_on_step_end=None,  # called as f(self, step, time step, {"latents": x}); may return a dictionary with other latents
 ):                              # `.images`: the pictures, those of the first prompt first
     "Draw pictures of prompts; with an image, change it (Meng et al. 2022, *SDEdit*); with a mask, only a part of it (Lugmayr et al. 2022, section 4.1)"
@@ -223,7 +227,10 @@ def __call__(self:StableDiffusion,
         changed = (callback_on_step_end(self, i, t, {"latents": x}) or {}).get("latents") if callback_on_step_end else None
         return x if changed is None else changed
 
-    x = ddim(guided(self.unet, text, no_text, guidance_scale), x, steps, generator, schedule=self.schedule, eta=eta, on_step=on_step)
+    @torch.inference_mode()                                                                   # here nobody asks for gradients; in the callback, somebody may
+    def predict(x, t, text): return self.unet(x, t, text)
+
+    x = ddim(guided(predict, text, no_text, guidance_scale), x, steps, generator, schedule=self.schedule, eta=eta, on_step=on_step)
     if output_type == "latent": return SimpleNamespace(images=x)
     x = self.vae.decode(x / self.vae.config["scaling_factor"]).clamp(-1, 1)
     if output_type == "pil": return SimpleNamespace(images=[to_image(picture) for picture in x])
@@ -457,7 +464,7 @@ def run(self:Trainer):  # `StableDiffusion`
     tokenizer, clip = self.clip()
     schedule = NoiseSchedule(**self.plan.schedule)
     unet = self.unet(vae, tokenizer, clip.text_model, schedule)
-    pipe = StableDiffusion(vae, clip.text_model, tokenizer, unet, schedule)
+    pipe = StableDiffusion(vae, clip.text_model, tokenizer, unet, schedule).to(self.device)
     pipe.save_pretrained(self.folder)
     paint = painter(pipe, seed=self.plan.seed)
     self.save_grid("samples", paint(self.prompts), 4)

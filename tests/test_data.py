@@ -18,7 +18,7 @@ from PIL import Image
 from sd_scratch import data
 from sd_scratch.course import emoji_font
 from sd_scratch.data import (BACKGROUNDS, CLOTHES, COLORS, DATASETS, HELD_OUT, RELATIONS, SHAPES, SIZES, CaptionedPictures, Scene, Thing, draw_scene,
-                             emoji, emoji_captions, fashion_mnist, load_data, parse_caption, picture_folder, random_scene, shapes)
+                             emoji, emoji_captions, fashion_mnist, load_data, parse_caption, picture_folder, plain_picture, random_scene, shapes)
 
 seeds = st.integers(0, 2**32)
 scenes = st.builds(lambda seed, things, held_out: random_scene(random.Random(seed), things, held_out), seeds, st.sampled_from([None, 1, 2]), st.booleans())
@@ -420,6 +420,20 @@ def test_pictures_are_cut_to_squares_and_laid_on_white(folder):
     assert torch.allclose(x["wide"][:, 16, 16], torch.tensor([-1., -1., 1.])) and (x["wide"][2] > .8).all()
     assert (x["clear"] == 1).all() and torch.allclose(x["gray"], torch.tensor(128/127.5 - 1).expand(3, 32, 32), atol=1e-6)
     assert x["turned"][2, 28, 16] == 1 and x["twice"][2, 28, 16] == -1 and torch.equal(x["twice"], x["again"])
+
+
+def test_plain_pictures():
+    "Upright, on paper, RGB: from a palette, from black and white, from a file that says how the camera was held."
+    stripes = Image.fromarray(np.uint8([[255, 0] * 8] * 4))
+    for picture in (stripes, stripes.convert("1"), stripes.convert("P"), stripes.convert("CMYK"), stripes.convert("RGB").quantize(2)):
+        assert plain_picture(picture).mode == "RGB" and plain_picture(picture).tobytes() == stripes.convert("RGB").tobytes()
+    half = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
+    assert [plain_picture(half, paper).getpixel((0, 0)) for paper in ("white", "black")] == [(255, 127, 127), (128, 0, 0)]
+    turned = Image.new("L", (2, 6))
+    turned.getexif()[0x0112] = 6
+    assert plain_picture(turned).size == (6, 2) and plain_picture(plain_picture(turned)).size == (6, 2)
+    for mode in ("I;16", "I;16B", "I", "F"):
+        with pytest.raises(ValueError, match="more than 8 bits; save it with 8 bits"): plain_picture(Image.new(mode, (2, 2)))
 
 
 @pytest.mark.parametrize("line, words", [

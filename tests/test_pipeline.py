@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -16,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from oracles import randomised
 
+from sd_scratch import pipeline
 from sd_scratch.clip import CLIPModel
+from sd_scratch.course import to_tensor
 from sd_scratch.data import CaptionedPictures, emoji_captions, shapes
+from sd_scratch.evaluation import prompt_report, prompts_for
 from sd_scratch.noise import NoiseSchedule
-from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, examine, model_folder, painter, plan_for
+from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, examine, fit_picture, model_folder, painter, plan_for
 from sd_scratch.tokenizer import CLIPTokenizer
 
 PROMPTS = ["red heart", "a large red circle above a small blue square on a white background"]
@@ -145,6 +149,54 @@ def test_what_comes_out(saved):
     assert painter(pipe, steps=1)(["red heart"] * 2).shape == (2, 3, 16, 16)
 
 
+def test_layout_changes_no_picture_and_no_file(saved, tmp_path):
+    "On the processor all channels of a place lie side by side; pictures, and the files of a model as it is or trained on, are those of the usual layout."
+    pipe, usual = (StableDiffusion.from_pretrained(saved[0]) for _ in range(2))
+    for network in (usual.unet, usual.vae): network.to(memory_format=torch.contiguous_format)
+    kernels = [w for network in (pipe.unet, pipe.vae) for w in network.parameters() if w.ndim == 4 and w.shape[1] > 1 and w.shape[2] > 1]
+    assert kernels and all(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in kernels)
+    a, b = (one(PROMPTS, **arguments()).images for one in (pipe, usual))
+    assert 0 < abs(a - b).max() <= 1e-5
+    parts = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+
+    def same_files():
+        pipe.save_pretrained(tmp_path / "pipe"), usual.save_pretrained(tmp_path / "usual")
+        for part in parts:
+            mine, theirs = (load_file(tmp_path / name / f"{part}.safetensors") for name in ("pipe", "usual"))
+            assert list(mine) == list(theirs) and all(torch.allclose(mine[k], theirs[k], rtol=0, atol=1e-5) for k in mine)
+        again = StableDiffusion.from_pretrained(tmp_path / "pipe")
+        assert abs(again(PROMPTS, **arguments()).images - pipe(PROMPTS, **arguments()).images).max() == 0
+
+    same_files()
+    written, before = (load_file(folder / f"{parts[0]}.safetensors") for folder in (tmp_path / "pipe", saved[0]))
+    assert list(written) == list(before) and all(torch.equal(written[k], before[k]) for k in before)
+    for one in (pipe, usual):                                                                     # one step down, of every weight
+        latent = one.vae.encode(to_tensor(photo())[None]).mean
+        loss = one.unet(latent, 500, one.text_encoder(one.tokenizer(["red heart"]))).square().mean() + one.vae.decode(latent).square().mean()
+        loss.backward()
+        for network in (one.unet, one.vae, one.text_encoder): torch.optim.SGD(network.parameters(), 1e-3).step()
+    same_files()
+    assert not torch.equal(load_file(tmp_path / "pipe" / f"{parts[0]}.safetensors")["conv_in.weight"], before["conv_in.weight"])
+
+
+def test_gradients_after_and_between_the_steps(saved):
+    "What a drawing returns, and what its callback is given, may be differentiated: they are ordinary tensors."
+    pipe = StableDiffusion.from_pretrained(saved[0])
+
+    def slope(latents):
+        with torch.enable_grad():
+            latents.requires_grad_()
+            pipe.vae.decode(latents).square().mean().backward()
+        return latents.grad
+
+    def downhill(_, step, t, given): return {"latents": given["latents"].detach() - 10 * slope(given["latents"])}
+
+    for scale in (1.0, 4.0):                                                                      # without guidance, the answer comes straight from the UNet
+        draw = lambda **more: pipe(PROMPTS, **arguments(guidance_scale=scale, output_type="latent") | more).images
+        assert slope(draw()).abs().max() > 0
+        assert not torch.equal(draw(callback_on_step_end=downhill), draw())
+
+
 def test_callback(saved):
     pipe, seen = StableDiffusion.from_pretrained(saved[0]), []
     def watch(self, step, t, given):
@@ -233,12 +285,35 @@ def test_pictures_of_other_sizes_and_kinds(saved):
     assert pipe("red heart", image=photo(24), height=24, width=24, num_inference_steps=2).images[0].size == (24, 24)
 
 
+def test_pictures_of_every_mode(saved):
+    "A palette doesn't spoil the resizing, sixteen bits are refused and not taken for white, and of a mask, transparent is kept."
+    pipe = StableDiffusion.from_pretrained(saved[0])
+    stripes = Image.fromarray(np.uint8([[255, 0] * 32] * 64))                                          # reduced, they are grey: of a palette, Pillow takes the nearest pixel
+    for picture in (stripes, stripes.convert("1"), stripes.convert("P"), stripes.convert("LA"), stripes.convert("RGB").quantize(2)):
+        assert abs(np.asarray(fit_picture(picture, 16, 16)).astype(int) - 128).max() < 20
+    clear = Image.new("RGBA", (16, 16), (255, 255, 255, 0))                                            # white, if its transparency is forgotten
+    clear.paste((255, 255, 255, 255), (0, 0, 8, 16))
+    palette = clear.quantize(4)
+    assert palette.mode == "P" and palette.convert("RGBA").getextrema()[3] == (0, 255)
+    for mask in (clear, palette, clear.convert("LA"), WHITE_LEFT.convert("1"), WHITE_LEFT.convert("P")): assert torch.equal(pipe.encode_mask(mask, 16, 16), pipe.encode_mask(WHITE_LEFT, 16, 16))
+    assert fit_picture(clear, 16, 16).getpixel((12, 8)) == (255, 255, 255) and fit_picture(clear, 16, 16, paper="black").getpixel((12, 8)) == (0, 0, 0)
+    deep = Image.fromarray(np.full((16, 16), 30_000, np.uint16))
+    for picture in (deep, deep.convert("I"), deep.convert("F")):
+        for more in (dict(image=picture), dict(image=photo(), mask_image=picture)):
+            with pytest.raises(ValueError, match="more than 8 bits"): pipe("red heart", num_inference_steps=2, **more)
+    turned, upright = Image.fromarray(np.uint8([[255] * 24] * 8 + [[0] * 24] * 8)), Image.fromarray(np.uint8([[0] * 8 + [255] * 8] * 24))
+    turned.getexif()[0x0112] = 6                                                                      # a camera held on its side: 24 x 16 in the file, 16 x 24 to look at
+    draw = lambda image, mask: pipe("red heart", 24, 16, image=image, mask_image=mask, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(draw(turned, upright), draw(upright, turned))
+    with pytest.raises(ValueError, match="16 x 24 pixels, the picture 24 x 16"): draw(upright.transpose(Image.Transpose.ROTATE_90), turned)
+
+
 @pytest.mark.parametrize("more, message", [
     (dict(strength=0.5), "strength says what to do with a picture"), (dict(mask_image=WHITE_LEFT), "mask_image says what to do with a picture"), (dict(image="cat.png"), "PIL image"), (dict(image=torch.zeros(3, 16, 16)), "PIL image"),
     (dict(image=[photo()] * 2), "2 images for 1 prompts"), (dict(image=photo(), strength=0), "strength is 0; it must be above 0"), (dict(image=photo(), strength=1.01), "strength is 1.01"),
     (dict(image=photo(), strength="much"), "strength is 'much'"), (dict(image=photo(), strength=float("nan")), "strength is nan"), (dict(image=photo(), strength=0.01), "less than one step: take 101 steps"), (dict(image=photo(), strength=1e-320), "less than one step"),
     (dict(image=photo(), num_inference_steps=1), "less than one step: take 2 steps"), (dict(image=photo(), num_inference_steps=0), "0 sampling steps"), (dict(image=photo(32), mask_image=WHITE_LEFT), "one size"),
-    (dict(image=photo(), mask_image=Image.new("L", (16, 16))), "no white"), (dict(image=photo(), mask_image=[WHITE_LEFT]), "mask_image is a PIL image"), (dict(image=[]), "0 images"),
+    (dict(image=photo(), mask_image=Image.new("L", (16, 16))), "no white"), (dict(image=photo(), mask_image=[WHITE_LEFT]), "mask_image is a PIL image"), (dict(image=photo(), mask_image=Image.new("RGBA", (16, 16), (255, 255, 255, 0))), "no white"), (dict(image=[]), "0 images"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_refuses_pictures(saved, more, message):
     with pytest.raises(ValueError, match=message): StableDiffusion.from_pretrained(saved[0])("red heart", **more)
@@ -361,7 +436,9 @@ parts(Trainer(Plan.load({str(tmp_path / "plan.json")!r}), {str(tmp_path / "kille
     assert all(torch.equal(undisturbed[k], resumed[k]) for k in undisturbed)
 
 
-def test_run_leaves_a_whole_model(tmp_path):
+def test_run_leaves_a_whole_model(tmp_path, monkeypatch):
+    few = [prompt for held_out in (False, True) for things in (1, 2) for prompt in prompts_for(2, held_out, things)]
+    monkeypatch.setattr(pipeline, "prompt_report", partial(prompt_report, prompts=few))
     said = []
     trained = Trainer(MINI, tmp_path / "m", "cpu", progress=False, say=said.append).run()
     assert sum(line.startswith("prompt accuracy") and "500" not in line for line in said) == 2
