@@ -121,19 +121,19 @@ class CLIPTokenizer:
         pad_token: str = END,           # fills short rows; SD 2.x has "!"
         added: dict[str, int] | None = None,    # words that came later and stay whole -> id
     ):
-        self.vocab, self.merges, self.added = dict(vocab), [tuple(pair) for pair in merges], dict(added or {})
+        self.base, self.merges, self.added = dict(vocab), [tuple(pair) for pair in merges], dict(added or {})
         self.model_max_length, self.pad_token = model_max_length, pad_token
         for token in (BEGIN, END, pad_token):
-            if token not in self.vocab: raise ValueError(f"the vocabulary lacks the special token {token!r}")
+            if token not in self.base: raise ValueError(f"the vocabulary lacks the special token {token!r}")
         for n, pair in enumerate(self.merges, 1):
             if len(pair) != 2: raise ValueError(f"merge {n}, {pair}, must be a pair of two tokens")
-            if lacking := [token for token in (*pair, "".join(pair)) if token not in self.vocab]:
+            if lacking := [token for token in (*pair, "".join(pair)) if token not in self.base]:
                 raise ValueError(f"vocabulary and merges do not belong together: merge {n}, {pair}, needs the token {lacking[0]!r}, which the vocabulary lacks")
-        if strange := set("".join(self.vocab)) - BYTES.keys():
+        if strange := set("".join(self.base)) - BYTES.keys():
             raise ValueError(f"the vocabulary is not CLIP's kind: it has letters that stand for no byte, such as {min(strange)!r}")
-        if twice := [word for word in self.added if word in self.vocab or not clean(word).strip()]:
-            raise ValueError(f"the added word {twice[0]!r} is {'in the vocabulary already' if twice[0] in self.vocab else 'empty'}; choose another")
-        self.vocab |= self.added
+        if twice := [word for word in self.added if word in self.base or not clean(word).strip()]:
+            raise ValueError(f"the added word {twice[0]!r} is {'in the vocabulary already' if twice[0] in self.base else 'empty'}; choose another")
+        self.vocab = self.base | self.added
         self.tokens = {id: token for token, id in self.vocab.items()}
         if len(self.tokens) < len(self.vocab): raise ValueError("the vocabulary gives the same id to two tokens")
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (self.vocab[token] for token in (BEGIN, END, pad_token))
@@ -284,9 +284,8 @@ def save_pretrained(
     folder = Path(folder)
     special = dict(bos_token=BEGIN, eos_token=END, unk_token=END, pad_token=self.pad_token)
     config = special | dict(model_max_length=self.model_max_length, do_lower_case=True, tokenizer_class="CLIPTokenizer")
-    vocab = {token: id for token, id in self.vocab.items() if token not in self.added}
     if not self.added: (folder / "added_tokens.json").unlink(missing_ok=True)
-    for name, content in dict(vocab=vocab, special_tokens_map=special, tokenizer_config=config, **(dict(added_tokens=self.added) if self.added else {})).items():
+    for name, content in dict(vocab=self.base, special_tokens_map=special, tokenizer_config=config, **(dict(added_tokens=self.added) if self.added else {})).items():
         with whole_file(folder / f"{name}.json") as path: path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
     with whole_file(folder / "merges.txt") as path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")
