@@ -84,12 +84,17 @@ def draw_noise(
     return torch.randn(tuple(shape), generator=generator, device=generator.device if generator else device, dtype=dtype).to(device)
 
 # %% ../nbs/13_denoising.ipynb #a91c40de
+def _check_chain(steps):
+    "Refuse steps that don't follow on one another"
+    for (_, end), (begin, _) in zip(steps, steps[1:]):
+        if end != begin: raise ValueError(f"a step ends at {end} and the next one begins at {begin}: it must begin where the one before has ended")
+
 def _check_steps(steps, total):
     "Refuse steps that leave the table, go up, or don't follow on one another"
-    for (t, t_next), (after, _) in zip(steps, [*steps[1:], (steps[-1][1], 0)] if steps else []):
+    for t, t_next in steps:
         if not 0 <= t < total: raise ValueError(f"a step begins at time step {t}: there are those from 0 to {total - 1}")
         if t_next >= t: raise ValueError(f"a step leads from {t} to {t_next}: noise is taken out downwards, to a lower time step, or to -1 for none")
-        if t_next != after: raise ValueError(f"a step ends at {t_next} and the next one begins at {after}: it must begin where the one before has ended")
+    _check_chain(steps)
 
 # %% ../nbs/13_denoising.ipynb #42850349
 def ddpm(
