@@ -58,12 +58,15 @@ def open_picture(
     paper,   # colour that shows where the picture is transparent
 ):           # PIL image, RGB
     "Open a picture that the user named, upright; say in one line why it can't be read"
-    from PIL import Image, ImageOps
+    from PIL import Image
     if not path.exists(): raise FileNotFoundError(f"{option}: there is no file {path}")
     if path.is_dir(): raise IsADirectoryError(f"{option}: {path} is a folder; name a picture")
-    try: picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    try:
+        picture = Image.open(path)
+        picture.load()                                          # all of it: the end may be missing
+        from sd_scratch.data import plain_picture               # with PyTorch, so not before there is a picture
+        return plain_picture(picture, paper)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error: raise ValueError(f"{option}: {path} can't be read as a picture ({error})") from None
-    return Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert("RGB")
 
 # %% ../nbs/23_command_line.ipynb #8a3f6b20
 def what_to_change(
@@ -101,7 +104,7 @@ def generate(
     height: Annotated[int, typer.Option(help="likewise")] = None,
     image: Annotated[Path, typer.Option(help="a picture to change; one of another size is cut and resized")] = None,
     strength: Annotated[float, typer.Option(help="of the change, above 0 to 1; left out: 0.8, with a mask 1")] = None,
-    mask: Annotated[Path, typer.Option(help="a picture of the size of --image: what is white there is drawn anew, what is black is kept")] = None,
+    mask: Annotated[Path, typer.Option(help="a picture of the size of --image: what is white there is drawn anew, what is black or transparent is kept")] = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="file of the pictures, side by side; left out: named after the prompt")] = None,
 ):

@@ -218,7 +218,8 @@ def test_refuses_pictures(photo):
     assert "name another file" in refused(*early, "--out", "photo.png", cwd=photo)
     assert (photo / "photo.png").read_bytes() == before
     (photo / "half.png").write_bytes(before[:60])
-    for image, mask, says in ("half", None, "--image: .*half.png can't be read"), ("photo", "half", "--mask: .*half.png can't be read"), ("photo", "none", "--mask: there is no file"):
+    Image.fromarray(np.full((40, 60), 40_000, np.uint16)).save(photo / "deep.png")
+    for image, mask, says in ("half", None, "--image: .*half.png can't be read"), ("photo", "half", "--mask: .*half.png can't be read"), ("photo", "none", "--mask: there is no file"), ("deep", None, "--image: .*deep.png can't be .* more than 8 bits"):
         with pytest.raises((ValueError, OSError), match=says): what_to_change(photo / f"{image}.png", None, mask and photo / f"{mask}.png", 10)
 
 
