@@ -6,7 +6,8 @@ Both open the folder that our `save_pretrained` wrote and draw the same prompts 
 channels and random weights, on latents of 16×16: there the arithmetic counts, and what Python adds doesn't. A ratio below 1 says that we are quicker; ratios are taken within a turn, so that what else
 the machine does in that moment hits both. FILE keeps the rows of other machines, models, batches and numbers of threads.
 
-With --channels-last the weights of both lie in memory with all channels of a place side by side (one line, see `opened`); such rows stand under "channels_last" in FILE, the others under "rows".
+Each draws as it comes. Ours then has all channels of a place side by side in memory, diffusers' one channel after the other; with --channels-last diffusers' is laid out like ours (one line, see `opened`), and
+such rows stand under "channels_last" in FILE, the others under "rows".
 
 With one thread the seconds are the processor's, so that other work on the machine doesn't count; with more they are the clock's. Memory of a stage: the most bytes that its tensors hold at one moment, beside the weights.
 Memory of the process: the most that a fresh process occupies which imports, opens and draws.
@@ -48,11 +49,11 @@ def widened(pipe, factor=4, size=16):
     with seeded(0): return StableDiffusion(AutoencoderKL(**dict(vae, sample_size=pixels)).eval(), pipe.text_encoder, pipe.tokenizer, UNet2DConditionModel(**dict(unet, sample_size=size)).eval(), pipe.schedule)
 
 
-def opened(side, folder, layout=torch.contiguous_format):
-    "Open a folder, here or in diffusers."
+def opened(side, folder, channels_last=False):
+    "Open a folder, here or in diffusers; lay out diffusers' weights like ours, if asked to."
     pipe = StableDiffusion.from_pretrained(folder) if side == "ours" else diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     if side == "diffusers": pipe.set_progress_bar_config(disable=True)
-    for network in (pipe.unet, pipe.vae): network.to(memory_format=layout)
+    for network in (pipe.unet, pipe.vae) if channels_last else (): network.to(memory_format=torch.channels_last)
     return pipe
 
 
@@ -132,12 +133,12 @@ def spread(values):
     return dict(median=median(values), low=quantiles(values, n=4)[0], high=quantiles(values, n=4)[2]) if len(values) > 1 else dict.fromkeys(("median", "low", "high"), values[0])
 
 
-def measure(model, batch, repeats, fresh, layout):
+def measure(model, batch, repeats, fresh, channels_last):
     "Measure one model with one size of batch; return the row of the table."
     with tempfile.TemporaryDirectory() as folder:
         tiny = StableDiffusion.from_pretrained("tiny")
         (tiny if model == "tiny" else widened(tiny)).save_pretrained(folder)
-        pipes = {side: opened(side, folder, layout) for side in SIDES}
+        pipes = {side: opened(side, folder, channels_last) for side in SIDES}
         memory = {side: process_memory(side, folder, model, batch) if fresh else None for side in SIDES}
     nets = {name: getattr(pipes["ours"], name) for name in ("text_encoder", "unet", "vae")}
     size = pipes["ours"].unet.config["sample_size"]
@@ -181,10 +182,10 @@ def main(models: str = "tiny,wide", batches: str = "1,16", repeats: int = 9, thr
     if unknown := set(models.split(",")) - set(STEPS): raise typer.BadParameter(f"there is no model {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if repeats < 1: raise typer.BadParameter(f"repeats is {repeats}; it must be 1 or more")
     torch.set_num_threads(threads)
-    layout, place = (torch.channels_last, "channels_last") if channels_last else (torch.contiguous_format, "rows")
+    place = "channels_last" if channels_last else "rows"
     for model in models.split(","):
         for batch in map(int, batches.split(",")):
-            row = measure(model, batch, repeats, fresh, layout)
+            row = measure(model, batch, repeats, fresh, channels_last)
             print("\n".join(table([row])), flush=True)
             if row["difference"] > 1e-4: raise SystemExit(f"the pictures differ by {row['difference']:.1e}: nothing is written")
             found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
