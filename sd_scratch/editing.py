@@ -9,7 +9,7 @@ __all__ = ['resampling_steps', 'inpaint', 'ddim_invert', 'slerp', 'steered']
 import math
 
 import torch
-from .denoising import _check_steps, draw_noise
+from .denoising import _check_chain, _check_steps, draw_noise
 from .guidance import _pushed
 from .samplers import ddim
 
@@ -31,8 +31,7 @@ def resampling_steps(
 # %% ../nbs/18_editing.ipynb #e03af39b
 def _check_part(x, steps, known, mask, noise):
     "Refuse a mask, a known part or a path that inpainting can't use"
-    for (_, end), (begin, _) in zip(steps, steps[1:]):
-        if end != begin: raise ValueError(f"a step ends at {end} and the next one begins at {begin}: it must begin where the one before has ended")
+    _check_chain(steps)
     for name, value in dict(known=known, noise=x if noise is None else noise).items():
         if value.shape != x.shape: raise ValueError(f"{name} has the shape {tuple(value.shape)}, x {tuple(x.shape)}: they must be alike")
     if mask.dim() != x.dim() or any(m not in (1, n) for m, n in zip(mask.shape, x.shape)) or mask.shape[2:] != x.shape[2:]:
