@@ -54,8 +54,7 @@ def add_words(
     for word, vector in words.items():
         _check_new(tokenizer, word)
         if tuple(vector.shape) != table.shape[1:]: raise ValueError(f"the vector of {word!r} has the shape {tuple(vector.shape)}; the text encoder's words are vectors of the shape {tuple(table.shape[1:])}: it was learned for another model")
-        base = {token: id for token, id in tokenizer.vocab.items() if token not in tokenizer.added}
-        tokenizer = CLIPTokenizer(base, tokenizer.merges, tokenizer.model_max_length, tokenizer.pad_token, tokenizer.added | {word: len(table)})
+        tokenizer = CLIPTokenizer(tokenizer.base, tokenizer.merges, tokenizer.model_max_length, tokenizer.pad_token, tokenizer.added | {word: len(table)})
         table = torch.cat([table.detach(), vector.detach().to(table)[None]])                    # (V, D) -> (V+1, D)
     text_encoder.embeddings.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
     text_encoder.config["vocab_size"] = len(table)
