@@ -138,6 +138,10 @@ class Scene:
         "Choose that one of the true descriptions whose relation is above, left of, or None."
         return self.turned() if self.relation in ("below", "right of") else self
 
+    def exchanged(self):
+        "Put the two things in each other's place, which is another picture unless they are equal."
+        return Scene(self.things[::-1], self.relation, self.background)
+
 # %% ../nbs/03_data.ipynb #2ccc9e51
 def parse_caption(
     caption,    # such as "a large red circle above a small blue square on a white background"

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 
 from .autoencoder import psnr
-from .clip import CLIPModel, CLIPTextModel, contrastive_loss
+from .clip import CLIPModel, CLIPTextModel, contrastive_loss, exchanged, in_order
 from .course import image_grid, pick_device, to_image, to_tensor, weights_folder, whole_file
 from .data import DATASETS, CaptionedPictures, load_data, plain_picture, shapes
 from .denoising import denoising_loss, draw_noise, drop_captions, encode_pictures, loss_per_level, start_as_nothing
@@ -343,7 +343,7 @@ def fit(self:Trainer,
 ):
     "Train one network, or go on with it"
     plan = self.plan
-    run = Fit(model, getattr(plan, f"{name}_steps"), getattr(plan, f"{name}_lr"), seed=plan.seed, checkpoint=self.notes / f"{name}.safetensors")
+    self.fitted = run = Fit(model, getattr(plan, f"{name}_steps"), getattr(plan, f"{name}_lr"), seed=plan.seed, checkpoint=self.notes / f"{name}.safetensors")
     for part, inputs in parts: replayed(part, *inputs)
     losses = run.go(loss, f"{name:4}", progress=self.progress)
     with whole_file(self.notes / f"{name}_losses.json") as path: path.write_text(json.dumps([round(x, 5) for x in losses]), encoding="utf-8")
@@ -388,10 +388,12 @@ def vae(self:Trainer):  # `AutoencoderKL`
 @patch
 def ids(self:Trainer,
     tokenizer,  # `CLIPTokenizer`
+    tell=str,   # function of a caption, which says it in another way
 ):              # (N, L) token numbers
     "Number the tokens of all captions, each different caption once"
-    known = {caption: i for i, caption in enumerate(dict.fromkeys(self.data.captions))}
-    return tokenizer(list(known))[torch.tensor([known[caption] for caption in self.data.captions])]
+    captions = list(map(tell, self.data.captions))
+    known = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    return tokenizer(list(known))[torch.tensor([known[caption] for caption in captions])]
 
 @patch
 @torch.no_grad()
@@ -414,13 +416,15 @@ def clip(self:Trainer):  # `CLIPTokenizer`, `CLIPModel`
     tokenizer = CLIPTokenizer.train(self.data.captions, plan.vocab_size, plan.widths["text"]["max_position_embeddings"])
     words = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     clip = self.model(CLIPModel, dict(text_config=plan.widths["text"] | words, vision_config=plan.widths["vision"], projection_dim=plan.widths["text"]["projection_dim"]))
-    ids = self.ids(tokenizer)
+    told = {tell: (self.ids(tokenizer, tell), self.ids(tokenizer, lambda caption: exchanged(tell(caption)))) for tell in (in_order, str)}
     def loss(generator):
         chosen = draw(self.weights, plan.clip_batch, generator)
-        mine = ids[chosen].to(self.device)
-        return contrastive_loss(clip(mine, self.data.batch(chosen)[0]), mine)
-    some = [0] * plan.clip_batch
-    self.fit("clip", clip, loss, [(clip.text_model, (ids[some].to(self.device),)), (clip.vision_model, (self.data.batch(some)[0],))])
+        early = len(self.fitted.losses) < plan.clip_steps / 2
+        order = torch.rand(plan.clip_batch, 1, generator=generator) < (0.7 if early else 0)
+        mine, false = (torch.where(order, a[chosen], b[chosen]) for a, b in zip(told[in_order], told[str]))
+        texts = torch.cat([mine, false[(false != mine).any(1)]]).to(self.device)               # a hard negative for each scene of two things
+        return contrastive_loss(clip(texts, self.data.batch(chosen)[0]), texts)
+    self.fit("clip", clip, loss, [(clip.vision_model, (self.data.batch([0] * plan.clip_batch)[0],))])
     tokenizer.save_pretrained(self.folder / "tokenizer")
     clip.text_model.save_pretrained(self.folder / "text_encoder")
     clip.save_pretrained(self.folder / "clip")
@@ -491,8 +495,8 @@ def seconds_per_step(
     side, length = w["vae"]["sample_size"], w["text"]["max_position_embeddings"]
     schedule = NoiseSchedule(**plan.schedule)
     noise = lambda *shape: torch.randn(shape, device=device)
-    ids = torch.full((plan.clip_batch, length), plan.vocab_size - 1, device=device)
-    ids[:, 0] = torch.arange(plan.clip_batch, device=device) % plan.vocab_size
+    ids = torch.full((plan.clip_batch * 3 // 2, length), plan.vocab_size - 1, device=device)  # with a hard negative for every second caption
+    ids[:, 0] = torch.arange(len(ids), device=device) % plan.vocab_size
     latents, text = noise(plan.unet_batch, unet.config["in_channels"], w["unet"]["sample_size"], w["unet"]["sample_size"]), noise(plan.unet_batch, length, w["unet"]["cross_attention_dim"])
     losses = dict(vae=(vae, lambda g: autoencoder_loss(vae, noise(plan.vae_batch, 3, side, side).clamp(-1, 1), g)),
                   clip=(clip, lambda g: contrastive_loss(clip(ids, noise(plan.clip_batch, 3, side, side)), ids)),

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from oracles import close, randomised
 
-from sd_scratch.clip import CLIPModel, CLIPTextModel, CLIPVisionModel, contrastive_loss
+from sd_scratch.clip import CLIPModel, CLIPTextModel, CLIPVisionModel, contrastive_loss, exchanged, in_order
 
 # No two sizes are equal, and no option has its default.
 TEXT = dict(vocab_size=99, hidden_size=24, intermediate_size=40, projection_dim=20, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=9,
@@ -225,6 +226,32 @@ def test_ids_count_only_where_whole_captions_are_equal():
     assert not torch.isclose(contrastive_loss(logits, different[[0, 0, 1, 2]]), contrastive_loss(logits))
 
 
+def test_texts_of_no_picture_are_wrong_answers_in_the_rows_alone():
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rows, columns = -logits.log_softmax(1)[range(4), range(4)].mean(), -logits[:, :4].log_softmax(0).diagonal().mean()
+    close(contrastive_loss(logits), (rows + columns) / 2)
+    ids = torch.arange(7)[:, None].expand(-1, 3)
+    close(contrastive_loss(logits, ids), (rows + columns) / 2)
+    close(contrastive_loss(logits[:, [0, 1, 2, 3, 6, 4, 5]]), contrastive_loss(logits))                # nor does their order matter
+    twice = torch.cat([logits, logits[:, :1]], 1)                                                      # a false caption that is true after all
+    floor = math.log(2) / 4 / 2                                                                        # costs one of four rows its log 2
+    more = (twice[0].logsumexp(0) - logits[0].logsumexp(0) + sum(twice[i].logsumexp(0) - logits[i].logsumexp(0) for i in (1, 2, 3))) / 4 / 2
+    close(contrastive_loss(twice, torch.cat([ids, ids[:1]])), contrastive_loss(logits) + more)
+    assert contrastive_loss(100 * F.one_hot(torch.tensor([0, 1, 2, 3, 0]), 4).T.double(), ids[[0, 1, 2, 3, 0]]).item() == pytest.approx(floor, abs=1e-9)
+
+
+def test_captions_in_order_and_exchanged():
+    for relation, straight in {"above": "above", "below": "above", "left of": "left of", "right of": "left of"}.items():
+        said = f"a small red star {relation} a large blue square on a gray background"
+        first, second = ("small red star", "large blue square") if relation == straight else ("large blue square", "small red star")
+        assert in_order(said) == f"a {first} {straight} a {second} on a gray background"
+        assert exchanged(said) == f"a large blue square {relation} a small red star on a gray background"
+        assert in_order(in_order(said)) == in_order(said) and exchanged(exchanged(said)) == said and in_order(exchanged(said)) != in_order(said)
+    for same in "a small red star on a gray background", "red heart", "a photo of a bag", "", "a small red star above a small red star on a gray background":
+        assert exchanged(same) == same
+    for same in "a small red star on a gray background", "red heart", "": assert in_order(same) == same
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: CLIPTextModel(hidden_sise=24), "CLIPTextModel has no option hidden_sise"),
     (lambda: CLIPModel(text_config=dict(TEXT, depth=3), vision_config=VISION), "CLIPTextModel has no option depth"),
@@ -258,6 +285,7 @@ def test_pictures_of_another_size(shape):
     (torch.zeros(4, 3), None, r"given was \(4, 3\)"),
     (torch.zeros(4), None, r"given was \(4,\)"),
     (torch.zeros(4, 4), torch.zeros(3, 9), "3 rows of token numbers for 4 texts"),
+    (torch.zeros(4, 6), torch.zeros(4, 9), "4 rows of token numbers for 6 texts"),
 ])
 def test_bad_batch(logits, ids, message):
     with pytest.raises(ValueError, match=message): contrastive_loss(logits, ids)

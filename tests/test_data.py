@@ -86,6 +86,8 @@ def test_true_captions_mean_the_same(scene):
     assert {parse_caption(caption).canonical() for caption in scene.captions} == {scene.canonical()}
     assert scene.canonical().relation in (None, "above", "left of") and scene.canonical().canonical() == scene.canonical()
     assert scene.turned().turned() == scene
+    assert scene.exchanged().exchanged() == scene
+    assert (scene.exchanged().canonical() == scene.canonical()) == (len(set(scene.things)) == 1)      # another picture, unless there is nothing to exchange
     assert len(scene.captions) == len(scene.things)
 
 
