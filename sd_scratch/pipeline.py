@@ -261,6 +261,7 @@ class Plan:
     unet_batch: int = 32
     shapes: int = 60_000                                                                    # scenes to draw
     vocab_size: int = 1500                                                                  # tokens
+    order: bool = False                                                                     # ask CLIP for the order of two things (notebook 10)?
     shares: dict = field(default_factory=lambda: dict(emoji=2, shapes=3, fashion_mnist=1))  # of a batch; a folder counts 2
     widths: dict = field(default_factory=lambda: WIDTHS)                                    # configurations of the networks
     schedule: dict = field(default_factory=lambda: dict(prediction_type="v_prediction"))    # options of the `NoiseSchedule`
@@ -269,7 +270,7 @@ class Plan:
         for f in fields(self):
             value = getattr(self, f.name)
             kind = (int, float) if f.type is float else f.type
-            if not isinstance(value, kind) or isinstance(value, bool): raise ValueError(f"a plan's {f.name} is of type {f.type.__name__}; given was {value!r}")
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool): raise ValueError(f"a plan's {f.name} is of type {f.type.__name__}; given was {value!r}")
             if f.name != "seed" and f.type in (int, float) and value <= 0: raise ValueError(f"a plan's {f.name} must be more than 0; given was {value!r}")
         if not self.data: raise ValueError(f"a plan needs data: one or more of {', '.join(DATASETS)}, or folders")
 
@@ -416,15 +417,18 @@ def clip(self:Trainer):  # `CLIPTokenizer`, `CLIPModel`
     tokenizer = CLIPTokenizer.train(self.data.captions, plan.vocab_size, plan.widths["text"]["max_position_embeddings"])
     words = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     clip = self.model(CLIPModel, dict(text_config=plan.widths["text"] | words, vision_config=plan.widths["vision"], projection_dim=plan.widths["text"]["projection_dim"]))
-    told = {tell: (self.ids(tokenizer, tell), self.ids(tokenizer, lambda caption: exchanged(tell(caption)))) for tell in (in_order, str)}
+    first, exchange = (in_order, exchanged) if plan.order else (str, str)
+    told = {tell: (self.ids(tokenizer, tell), self.ids(tokenizer, lambda caption: exchange(tell(caption)))) for tell in (first, str)}
     def loss(generator):
         chosen = draw(self.weights, plan.clip_batch, generator)
         early = len(self.fitted.losses) < plan.clip_steps / 2
         order = torch.rand(plan.clip_batch, 1, generator=generator) < (0.7 if early else 0)
-        mine, false = (torch.where(order, a[chosen], b[chosen]) for a, b in zip(told[in_order], told[str]))
-        texts = torch.cat([mine, false[(false != mine).any(1)]]).to(self.device)               # a hard negative for each scene of two things
+        mine, false = (torch.where(order, a[chosen], b[chosen]) for a, b in zip(told[first], told[str]))
+        texts = torch.cat([mine, false[(false != mine).any(1)]]).to(self.device)               # with order: a hard negative for each scene of two things
         return contrastive_loss(clip(texts, self.data.batch(chosen)[0]), texts)
-    self.fit("clip", clip, loss, [(clip.vision_model, (self.data.batch([0] * plan.clip_batch)[0],))])
+    some = [0] * plan.clip_batch
+    texts = [] if plan.order else [(clip.text_model, (told[str][0][some].to(self.device),))]  # the number of hard negatives changes, and a recording can't
+    self.fit("clip", clip, loss, [(clip.vision_model, (self.data.batch(some)[0],)), *texts])
     tokenizer.save_pretrained(self.folder / "tokenizer")
     clip.text_model.save_pretrained(self.folder / "text_encoder")
     clip.save_pretrained(self.folder / "clip")
@@ -524,6 +528,7 @@ def plan_for(
     for name, each in seconds_per_step(plan, device).items():
         share = dict(vae=0.28, clip=0.07, unet=0.57)[name]
         setattr(plan, f"{name}_steps", max(1, int(60 * minutes * share / each)))
+    plan.order = plan.unet_steps >= 8_000  # with fewer, one thing is drawn better without
     return plan
 
 # %% ../nbs/17_pipeline.ipynb #c3d118c1

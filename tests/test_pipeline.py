@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from oracles import randomised
 
 from sd_scratch import pipeline
-from sd_scratch.clip import CLIPModel
+from sd_scratch.clip import CLIPModel, contrastive_loss, exchanged, in_order
 from sd_scratch.course import to_tensor
-from sd_scratch.data import CaptionedPictures, emoji_captions, shapes
+from sd_scratch.data import CaptionedPictures, emoji_captions, parse_caption, shapes
 from sd_scratch.evaluation import prompt_report, prompts_for
 from sd_scratch.noise import NoiseSchedule
 from sd_scratch.pipeline import WIDTHS, Plan, StableDiffusion, Trainer, examine, fit_picture, model_folder, painter, plan_for
@@ -381,7 +381,7 @@ def test_unknown_or_broken_models(saved, tmp_path):
 SMALL = dict(
     vae=WIDTHS["vae"] | dict(block_out_channels=[8, 8, 8], norm_num_groups=4), text=WIDTHS["text"] | dict(hidden_size=16, intermediate_size=32, projection_dim=16),
     vision=WIDTHS["vision"] | dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, projection_dim=16), unet=WIDTHS["unet"] | dict(block_out_channels=[8, 16], norm_num_groups=4, cross_attention_dim=16))
-MINI = Plan(["shapes"], vae_steps=6, clip_steps=6, unet_steps=6, vae_batch=4, clip_batch=8, unet_batch=4, shapes=64, vocab_size=560, widths=SMALL)
+MINI = Plan(["shapes"], vae_steps=6, clip_steps=6, unet_steps=6, vae_batch=4, clip_batch=8, unet_batch=4, shapes=64, vocab_size=560, order=True, widths=SMALL)
 
 
 def parts(trainer):
@@ -436,6 +436,28 @@ parts(Trainer(Plan.load({str(tmp_path / "plan.json")!r}), {str(tmp_path / "kille
     assert all(torch.equal(undisturbed[k], resumed[k]) for k in undisturbed)
 
 
+@pytest.mark.parametrize("order", [True, False])
+def test_clip_is_asked_for_the_order(order, tmp_path, monkeypatch):
+    batches = []
+    monkeypatch.setattr(pipeline, "contrastive_loss", lambda logits, ids: batches.append((logits.shape, ids)) or contrastive_loss(logits, ids))
+    trainer = Trainer(replace(MINI, order=order, clip_steps=40), tmp_path, "cpu", progress=False, say=lambda line: None)
+    tokenizer, _ = trainer.clip()
+    ways = dict(said=str, other=lambda c: parse_caption(c).turned().caption)
+    known = {tuple(row): caption for way in ways.values() for made in (str, exchanged) for caption in [made(way(c)) for c in trainer.data.captions] for row in tokenizer([caption]).tolist()}
+    shares = []
+    for shape, ids in batches:
+        captions = [known[tuple(row)] for row in ids.tolist()]
+        own, false = captions[:MINI.clip_batch], captions[MINI.clip_batch:]
+        assert shape == (len(own), len(captions))
+        assert false == ([exchanged(c) for c in own if exchanged(c) != c] if order else [])
+        two = [c for c in own if len(parse_caption(c).things) == 2]
+        shares.append(sum(in_order(c) == c for c in two) / max(1, len(two)))
+        if not order: assert set(own) <= set(trainer.data.captions)
+    early, late = sum(shares[:20]) / 20, sum(shares[20:]) / 20
+    if order: assert early > 0.75 > 0.65 > late                                               # 85 and 50 of 100 are in order
+    else: assert abs(early - late) < 0.25
+
+
 def test_run_leaves_a_whole_model(tmp_path, monkeypatch):
     few = [prompt for held_out in (False, True) for things in (1, 2) for prompt in prompts_for(2, held_out, things)]
     monkeypatch.setattr(pipeline, "prompt_report", partial(prompt_report, prompts=few))
@@ -450,8 +472,17 @@ def test_run_leaves_a_whole_model(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="another plan"): Trainer(replace(MINI, seed=5), tmp_path / "m", "cpu")
 
 
+def test_long_plans_ask_for_the_order(monkeypatch):
+    monkeypatch.setattr(pipeline, "seconds_per_step", lambda plan, device: dict(vae=0.1, clip=0.2, unet=0.25))
+    short, long = plan_for(20, ["shapes"]), plan_for(60, ["shapes"])
+    assert short.unet_steps == pytest.approx(2736, abs=1) and not short.order
+    assert long.unet_steps == pytest.approx(8208, abs=1) and long.order
+
+
 def test_plans(tmp_path):
     with pytest.raises(ValueError, match="vae_steps must be more than 0"): replace(MINI, vae_steps=0)
+    with pytest.raises(ValueError, match="order is of type bool; given was 1"): replace(MINI, order=1)
+    with pytest.raises(ValueError, match="seed is of type int; given was True"): replace(MINI, seed=True)
     with pytest.raises(ValueError, match="needs data"): Plan([])
     with pytest.raises(ValueError, match="data is of type list"): Plan("shapes")
     (tmp_path / "p.json").write_text('{"data": ["shapes"], "stpes": 3}')
