@@ -32,7 +32,7 @@ def main(minutes: float = 20, threads: int = os.cpu_count(), seed: int = 0, out:
     spent = (time.perf_counter() - start) / 60
     print(f"\n{'prompts':24} {'one object':>12} {'two objects':>12}")
     for kind in "seen", "held_out": print(f"{kind:24} {report[kind]['one']['accuracy']:12.1%} {report[kind]['two']['accuracy']:12.1%}")
-    result = dict(minutes_asked=minutes, minutes_spent=round(spent, 1), threads=threads, machine=platform.processor() or platform.machine(), torch=torch.__version__, said=said, report=report, plan=asdict(plan))
+    result = dict(minutes_asked=minutes, minutes_spent=round(spent, 1), threads=threads, machine=platform.processor() or platform.machine(), torch=torch.__version__, said=[line for line in said if not line.startswith("look at")], report=report, plan=asdict(plan))
     with whole_file(out) as path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {out}")
 
