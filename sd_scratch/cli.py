@@ -134,8 +134,8 @@ def generate(
 def train(
     out: Annotated[Path, typer.Option(help="folder of the new model")],
     data: Annotated[str, typer.Option(help="emoji, shapes, fashion_mnist or a folder with metadata.jsonl; several with commas between")] = None,
-    minutes: Annotated[float, typer.Option(help="how long the whole training may take")] = 60,
-    seed: Annotated[int, typer.Option(help="of all that is random")] = 0,
+    minutes: Annotated[float, typer.Option(help="how long the whole training may take; left out: 60")] = None,
+    seed: Annotated[int, typer.Option(help="of all that is random; left out: 0")] = None,
     plan: Annotated[Path, typer.Option(help="repeat a training: the file training/plan.json of a model")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the training in the folder")] = False,
     device: Device = None,
@@ -143,11 +143,11 @@ def train(
     "Train autoencoder, CLIP and UNet on captioned pictures."
     from sd_scratch.course import pick_device
     from sd_scratch.pipeline import Plan, Trainer, plan_for
-    kept = out / "training" / "plan.json"
+    kept, given = out / "training" / "plan.json", {"--data": data, "--minutes": minutes, "--seed": seed}
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{out} is a file; name a folder")
     if resume:
         if not kept.exists(): raise FileNotFoundError(f"there is nothing to go on with: {kept} is missing")
-        plan = kept
+        plan, given["--plan"] = kept, plan
     elif out.is_dir() and any(out.iterdir()): raise FileExistsError(f"{out} is not empty; go on with the training there with --resume, or name another folder")
     if plan is None and data is None: raise ValueError("--data is missing: emoji, shapes, fashion_mnist or a folder, several with commas between")
     where = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
@@ -155,8 +155,10 @@ def train(
     device = pick_device(device)
     if plan is None:
         typer.echo(f"timing a few steps on {device} ...")
-        plan = plan_for(minutes, [name.strip() for name in data.split(",") if name.strip()], seed, device)
-    else: plan = Plan.load(plan)
+        plan = plan_for(60 if minutes is None else minutes, [name.strip() for name in data.split(",") if name.strip()], seed or 0, device)
+    else:
+        aside, file, plan = [name for name, value in given.items() if value is not None], plan, Plan.load(plan)
+        if aside: warnings.warn(f"{file} says what to train on, how long and from which seed: {', '.join(aside)} left aside", stacklevel=2)
     typer.echo(f"plan: {', '.join(plan.data)}; {plan.vae_steps} steps for the autoencoder, {plan.clip_steps} for CLIP, {plan.unet_steps} for the UNet (kept in {kept})")
     Trainer(plan, out, device, say=typer.echo).run()
     typer.echo(f'done. Draw with it: sd-scratch generate "..." --model {out}')

@@ -87,7 +87,8 @@ def test_resume_of_a_finished_training_keeps_it(mini):
     folder = mini[0]
     weights = folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
-    assert call("train", "--out", "model", "--resume", "--device", "cpu", cwd=folder)[0] == 0
+    status, out, error = call("train", "--out", "model", "--resume", "--plan", "other.json", "--seed", 1, "--device", "cpu", cwd=folder)
+    assert status == 0 and "--seed, --plan left aside" in error
     assert weights.read_bytes() == before
 
 
@@ -130,7 +131,7 @@ def test_refuses(words, says, tmp_path):
 def test_refuses_folders(tmp_path, mini):
     data = tmp_path / "pictures"
     data.mkdir()
-    train = ("train", "--data", "pictures", "--out", "m", "--plan", "plan.json")
+    train = ("train", "--out", "m", "--plan", "plan.json")
     replace(MINI, data=["pictures"]).save(tmp_path / "plan.json")
     assert "metadata.jsonl" in refused(*train, cwd=tmp_path)
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\nnot json\n')
@@ -153,8 +154,10 @@ def test_own_folder(tmp_path):
     for color in colors: Image.new("RGB", (50, 40), color).save(folder / f"{color}.png")
     (folder / "metadata.jsonl").write_text("".join(json.dumps(dict(file_name=f"{color}.png", text=f"all {color}")) + "\n" for color in colors))
     replace(MINI, data=["pictures"], vocab_size=530).save(tmp_path / "plan.json")
-    status, out, error = call("train", "--plan", "plan.json", "--out", "m", "--device", "cpu", cwd=tmp_path)
+    status, out, error = call("train", "--plan", "plan.json", "--out", "m", "--device", "cpu", "--data", "shapes", "--minutes", 1, cwd=tmp_path)
     assert status == 0, error
+    assert "warning: plan.json says what to train on, how long and from which seed: --data, --minutes left aside" in error and "--seed" not in error
+    assert Plan.load(tmp_path / "m" / "training" / "plan.json").data == ["pictures"]
     assert call("generate", "all red", "--model", "m", "--steps", 1, "--out", "x.png", cwd=tmp_path)[0] == 0
 
 
