@@ -6,7 +6,7 @@ import pytest
 import torch
 from notebooks import ROOT, read
 
-from sd_scratch.optimizers import ExponentialMovingAverage, one_cycle
+from sd_scratch.optimizers import ExponentialMovingAverage, Muon, one_cycle, orthogonal
 
 
 @pytest.mark.parametrize("warmup", [0, 0.05, 0.3, 1])
@@ -190,3 +190,48 @@ def test_written_out_is_torchs(written_out, name, settings, torchs):
         place, theirs.grad = written_out[name](place, gradient, memory, **settings), gradient.clone()
         optimizer.step()
         assert (place - theirs.detach()).abs().max() <= 1e-10
+
+
+def by_singular_values(G, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):
+    "Newton-Schulz as the polynomial of the singular values that it is."
+    a, b, c = coefficients
+    u, s, v = torch.linalg.svd(G, full_matrices=False)
+    s = s / s.norm().clamp(min=eps)
+    for _ in range(steps): s = a * s + b * s ** 3 + c * s ** 5
+    return u * s @ v
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (5, 12), (12, 5), (1, 6), (6, 1)], ids=str)
+def test_orthogonal_acts_on_the_singular_values_alone(shape):
+    G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for many, one in zip(orthogonal(G), G):
+        assert torch.allclose(many, by_singular_values(one), atol=1e-10)
+        assert torch.allclose(orthogonal(one * 1e6), many, atol=1e-10)                            # whatever its length
+    assert torch.equal(orthogonal(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5)], ids=str)
+def test_muon_is_torchs(shape, monkeypatch):
+    "200 steps in float64; theirs rounds to bfloat16 inside, so it gets the polynomial by singular values instead."
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", by_singular_values)
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for _ in range(2))
+    settings = dict(lr=0.03, momentum=0.9, weight_decay=0.1)
+    optimizers = Muon([ours], **settings), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(200):
+        gradient = torch.randn(shape, generator=random, dtype=torch.float64)
+        for w, optimizer in zip((ours, theirs), optimizers):
+            w.grad = gradient + w.detach()
+            optimizer.step()
+    assert (ours - theirs).abs().max() <= 1e-10 and (ours - 1).abs().max() > 0.1
+
+
+def test_muon_takes_kernels_as_matrices_and_skips_what_has_no_gradient():
+    random = torch.Generator().manual_seed(0)
+    kernel, matrix, left = (torch.nn.Parameter(torch.zeros(*shape)) for shape in ((4, 3, 2, 2), (4, 12), (2, 2)))
+    kernel.grad = torch.randn(kernel.shape, generator=random).to(memory_format=torch.channels_last)
+    matrix.grad = kernel.grad.flatten(1)
+    Muon([kernel, matrix, left]).step()
+    assert torch.equal(kernel.flatten(1), matrix) and matrix.abs().max() > 0 and not left.any()
+    with pytest.raises(ValueError, match=r"\(4,\).*leave it to AdamW"): Muon([torch.nn.Parameter(torch.zeros(4))])
