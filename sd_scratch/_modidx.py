@@ -652,6 +652,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'sd_scratch.training.LivePlot.show': ('training.html#liveplot.show', 'sd_scratch/training.py'),
                                      'sd_scratch.training._agree_on_start': ('training.html#_agree_on_start', 'sd_scratch/training.py'),
                                      'sd_scratch.training._checksum': ('training.html#_checksum', 'sd_scratch/training.py'),
+                                     'sd_scratch.training._matrices': ('training.html#_matrices', 'sd_scratch/training.py'),
                                      'sd_scratch.training._meet': ('training.html#_meet', 'sd_scratch/training.py'),
                                      'sd_scratch.training._read': ('training.html#_read', 'sd_scratch/training.py'),
                                      'sd_scratch.training._second_name': ('training.html#_second_name', 'sd_scratch/training.py'),

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .course import whole_file
 from .data import CaptionedPictures
-from .optimizers import ExponentialMovingAverage, one_cycle
+from .optimizers import ExponentialMovingAverage, Muon, one_cycle
 
 # %% ../nbs/04_training.ipynb #c8a1969f
 def join(
@@ -93,24 +93,29 @@ class Fit:
         steps,             # how many steps the run takes
         lr=1e-3,           # peak of the learning rate
         warmup=0.05,       # share of the steps on the way to the peak
-        weight_decay=0.01, # of AdamW
+        weight_decay=0.01, # of AdamW, and of Muon
         clip=1.0,          # largest length of the gradient; a longer one is shortened to it
         decay=0.999,       # of the averaged weights
         seed=0,            # of the batches and of all else that is drawn
         checkpoint=None,   # a .safetensors file to go on from and to save to; None: nothing is saved
         dtype=None,        # torch.bfloat16: mixed precision, for GPUs; None: all in float32
         accelerator=None,  # of `several_processes`; None: this process trains alone
+        muon=False,        # leave the layers' matrices and kernels to `Muon`? AdamW keeps the rest, and the first and last convolution
     ):
         if dtype not in (None, torch.bfloat16): raise ValueError(f"dtype is {dtype}: there is torch.bfloat16, or None for float32 (float16 would need a scaled loss)")
         self.model, self.steps, self.lr, self.warmup, self.clip, self.seed, self.dtype, self.accelerator = model, steps, lr, warmup, clip, seed, dtype, accelerator
         if accelerator: _meet(accelerator, model)
         model.to(memory_format=torch.channels_last)
         self.names, self.weights = zip(*model.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+        matrices = _matrices(model) if muon else []
+        others = [w for w in self.weights if all(w is not matrix for matrix in matrices)]
+        self.optimizers = [torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)] if others else []
+        if matrices: self.optimizers.append(Muon(matrices, lr, weight_decay=weight_decay))
+        self.optimizer_of = {w: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for w in group["params"]}
         self.average = ExponentialMovingAverage(model, decay)
         self.losses, self.checkpoint = [], Path(checkpoint) if checkpoint else None
         settings = dict(steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, decay=decay, seed=seed)
-        self.run = json.dumps(settings | (dict(dtype=str(dtype)) if dtype else {}))
+        self.run = json.dumps(settings | (dict(dtype=str(dtype)) if dtype else {}) | (dict(muon=True) if muon else {}))
         if self.checkpoint and self.checkpoint.exists(): self.load()
         if accelerator: _agree_on_start(accelerator, len(self.losses))
 
@@ -118,6 +123,11 @@ class Fit:
     def main(self): return self.accelerator is None or self.accelerator.is_main_process
     @property
     def before(self): return self.checkpoint.with_name(self.checkpoint.name + ".before")
+
+def _matrices(model):
+    "Find the weights that Muon is for (Jordan et al. 2024)"
+    layers = ((name.rpartition(".")[2], layer) for name, layer in model.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)))
+    return [layer.weight for name, layer in layers if name not in ("conv_in", "conv_out")]
 
 def _meet(accelerator, model):
     "Let all processes begin with the weights of the first"
@@ -138,15 +148,16 @@ def step(self:Fit,
 ):         # the loss, a number
     "Take one step down the gradient of the loss"
     number = len(self.losses)
-    rate = self.optimizer.param_groups[0]["lr"] = one_cycle(number, self.steps, self.lr, self.warmup)
+    rate = one_cycle(number, self.steps, self.lr, self.warmup)
+    for group in (group for optimizer in self.optimizers for group in optimizer.param_groups): group["lr"] = rate
     value = self._value(loss, number)
-    self.optimizer.zero_grad()
+    self.model.zero_grad()
     value.backward()
     value = self._mean(value.detach())
     length = torch.nn.utils.get_total_norm([w.grad for w in self.weights if w.grad is not None])
     if not (value.isfinite() and length.isfinite()): raise FloatingPointError(self._diverged(number, value, length, rate))
     torch.nn.utils.clip_grads_with_norm_(self.weights, self.clip, length)
-    self.optimizer.step()
+    for optimizer in self.optimizers: optimizer.step()
     self.average.update(self.model)
     self.losses.append(value.item())
     return self.losses[-1]
@@ -185,6 +196,8 @@ def _diverged(self:Fit, number, value, length, rate):
             f"or clip (now {self.clip:g}), or look at the batch, which loss(step_generator({self.seed}, {number})) draws again{kept}")
 
 # %% ../nbs/04_training.ipynb #28a5e814
+_REMEMBERED = dict(exp_avg="mean", exp_avg_sq="square", step="taken")  # of an optimizer: its names, and the checkpoint's
+
 def _checksum(run, tensors):
     "Sum up names, shapes and every byte in one number"
     total = crc32(run.encode())
@@ -201,7 +214,8 @@ def save(self:Fit):
     tensors |= {f"buffer/{name}": t for name, t in self.model.named_buffers()}
     for name, weight in zip(self.names, self.weights):
         tensors |= {f"weight/{name}": weight.detach(), f"average/{name}": self.average.weights[name]}
-        if state := self.optimizer.state.get(weight): tensors |= {f"mean/{name}": state["exp_avg"], f"square/{name}": state["exp_avg_sq"], f"taken/{name}": state["step"]}
+        state = self.optimizer_of[weight].state.get(weight, {})
+        tensors |= {f"{kept}/{name}": state[key] for key, kept in _REMEMBERED.items() if key in state}
     tensors = {k: t.cpu().contiguous() for k, t in tensors.items()}
     with whole_file(self.checkpoint) as path:
         for file in (self.checkpoint, self.before):                                                      # what a process left that was killed while it wrote
@@ -244,12 +258,11 @@ def load(self:Fit):
     for name, t in self.model.named_buffers():
         if f"buffer/{name}" in tensors: t.copy_(tensors[f"buffer/{name}"])
     for name, weight in zip(self.names, self.weights):
-        like = lambda key: torch.empty_like(weight).copy_(tensors[f"{key}/{name}"])
         weight.data.copy_(tensors[f"weight/{name}"])
         self.average.weights[name].copy_(tensors[f"average/{name}"])
-        if f"mean/{name}" in tensors:
-            taken = tensors.get(f"taken/{name}", torch.tensor(float(len(self.losses)))).to(weight.device)
-            self.optimizer.state[weight] = dict(step=taken, exp_avg=like("mean"), exp_avg_sq=like("square"))
+        state = {key: torch.empty_like(weight).copy_(tensors[f"{kept}/{name}"]) for key, kept in _REMEMBERED.items() if key != "step" and f"{kept}/{name}" in tensors}
+        if "exp_avg_sq" in state: state["step"] = tensors.get(f"taken/{name}", torch.tensor(float(len(self.losses)))).to(weight.device)
+        if state: self.optimizer_of[weight].state[weight] = state
 
 # %% ../nbs/04_training.ipynb #92625501
 @patch

@@ -16,7 +16,7 @@ from torch import nn
 
 import sd_scratch.training
 from sd_scratch.data import CaptionedPictures
-from sd_scratch.optimizers import ExponentialMovingAverage, one_cycle
+from sd_scratch.optimizers import ExponentialMovingAverage, Muon, one_cycle
 from sd_scratch.training import Fit, LivePlot, draw, every_steps, join, replayed, seeded, several_processes, sparkline, step_generator
 from sd_scratch.unet import UNet2DConditionModel
 
@@ -46,7 +46,7 @@ def state(run):
     "All that a run holds, as it is in memory: values and their order."
     tensors = {}
     for name, w in zip(run.names, run.weights):
-        moments = run.optimizer.state[w]
+        moments = run.optimizer_of[w].state[w]
         for key, t in (("weight", w.detach()), ("average", run.average.weights[name]), ("mean", moments["exp_avg"]), ("square", moments["exp_avg_sq"]), ("step", moments["step"])):
             tensors[f"{key}/{name}"] = t.clone()
     return dict(losses=list(run.losses), count=run.average.count, tensors=tensors)
@@ -70,19 +70,24 @@ def undisturbed():
     return states, {k: w.detach().clone() for k, w in whole.model.named_parameters()}
 
 
-def test_step_is_a_plain_loop():
-    "Against PyTorch's AdamW and clipping, written out."
-    run, model = fit(), network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1, weight_decay=0.1, betas=(0.9, 0.99))
+@pytest.mark.parametrize("muon", [False, True])
+def test_step_is_a_plain_loop(muon):
+    "Against PyTorch's AdamW and clipping, written out; with Muon for the three matrices."
+    run, model = fit(muon=muon), network()
+    matrices = [w for w in model.parameters() if muon and w.ndim > 1]
+    others = [w for w in model.parameters() if not (muon and w.ndim > 1)]
+    optimizers = [torch.optim.AdamW(others, lr=1, weight_decay=0.1, betas=(0.9, 0.99)), *([Muon(matrices, weight_decay=0.1)] if muon else [])]
+    assert len(matrices) == 3 * muon and len(run.optimizers) == 1 + muon
     average, lengths = ExponentialMovingAverage(model, 0.9), []
     for number in range(STEPS):
-        for group in optimizer.param_groups: group["lr"] = one_cycle(number, STEPS, 0.01, 0.3)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups: group["lr"] = one_cycle(number, STEPS, 0.01, 0.3)
+            optimizer.zero_grad()
         value = loss_of(model)(torch.Generator().manual_seed(3 * 1_000_003 + number))
         value.backward()
         lengths.append(torch.cat([w.grad.flatten() for w in model.parameters()]).norm())
         for w in model.parameters(): w.grad *= min(1, 0.5 / lengths[-1])
-        optimizer.step()
+        for optimizer in optimizers: optimizer.step()
         average.update(model)
         assert run.step(loss_of(run.model)) == pytest.approx(value.item(), rel=1e-4)
     assert max(lengths) > 0.5                                                        # or nothing was clipped
@@ -304,25 +309,42 @@ class Awkward(nn.Module):
 def everything(run):
     "Weights, buffers, averages and the optimizer's state, by name."
     found = {k: v.clone() for k, v in run.model.state_dict().items()} | {f"average/{k}": v.clone() for k, v in run.average.weights.items()}
-    for name, w in zip(run.names, run.weights): found |= {f"{key}/{name}": v.clone() for key, v in run.optimizer.state.get(w, {}).items()}
+    for name, w in zip(run.names, run.weights): found |= {f"{key}/{name}": v.clone() for key, v in run.optimizer_of[w].state.get(w, {}).items()}
     return found
 
 
+def test_muon_leaves_the_ends_and_all_that_is_no_matrix_to_adamw():
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv_in, self.middle, self.norm, self.words, self.conv_out = nn.Conv2d(3, 4, 3), nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Linear(4, 4)]), nn.GroupNorm(2, 4), nn.Embedding(5, 4), nn.Conv2d(4, 3, 3)
+    run = Fit(Ends(), steps=1, muon=True)
+    muons = [name for name, w in zip(run.names, run.weights) if isinstance(run.optimizer_of[w], Muon)]
+    assert muons == ["middle.0.weight", "middle.1.weight"]
+    assert sum(w.numel() for optimizer in run.optimizers for group in optimizer.param_groups for w in group["params"]) == sum(w.numel() for w in run.weights)
+    bare = Fit(nn.Linear(2, 2, bias=False), steps=1, muon=True)                      # nothing is left for AdamW
+    bare.step(lambda generator: bare.model(torch.ones(1, 2)).sum())
+    assert [type(optimizer) for optimizer in bare.optimizers] == [Muon]
+
+
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_nothing_is_forgotten(stop, tmp_path):
+def test_nothing_is_forgotten(stop, muon, tmp_path):
     "Buffers, hidden generators, and an optimizer that has seen some weights less often than others."
-    run = Fit(Awkward(), **SETTINGS)
+    run = Fit(Awkward(), **SETTINGS, muon=muon)
     for _ in range(STEPS): run.step(run.model.loss)
-    assert 0 < run.optimizer.state[run.model.rare]["step"] < STEPS and run.model.unused not in run.optimizer.state
-    first = Fit(Awkward(), **SETTINGS, checkpoint=tmp_path / "run.safetensors")
+    assert 0 < run.optimizers[0].state[run.model.rare]["step"] < STEPS and run.model.unused not in run.optimizers[0].state
+    first = Fit(Awkward(), **SETTINGS, muon=muon, checkpoint=tmp_path / "run.safetensors")
     for _ in range(stop): first.step(first.model.loss)
     first.save()
     torch.rand(3), np.random.rand(3), random.random()
-    again = Fit(Awkward(1), **SETTINGS, checkpoint=first.checkpoint)
+    again = Fit(Awkward(1), **SETTINGS, muon=muon, checkpoint=first.checkpoint)
     for _ in range(stop, STEPS): again.step(again.model.loss)
     a, b = everything(run), everything(again)
     assert a.keys() == b.keys() and again.losses == run.losses
     for key in a: assert torch.equal(a[key], b[key]), key
+    if muon:
+        with pytest.raises(ValueError, match="muon is True there and None here"): Fit(Awkward(), **SETTINGS, checkpoint=first.checkpoint)
 
 
 def test_hidden_generators_are_put_back():
