@@ -75,7 +75,8 @@ class Muon(torch.optim.Optimizer):
         "Take a step with the gradients that lie in `grad`"
         for group in self.param_groups:
             for w in (w for w in group["params"] if w.grad is not None):
-                average = self.state[w].setdefault("exp_avg", torch.zeros_like(w))
+                if not self.state[w]: self.state[w]["exp_avg"] = torch.zeros_like(w)
+                average = self.state[w]["exp_avg"]
                 average.lerp_(w.grad, 1 - group["momentum"])
                 G = w.grad.lerp(average, group["momentum"]).flatten(1)                         # looks ahead, like Nesterov's (exercise 3)
                 w.mul_(1 - group["lr"] * group["weight_decay"])

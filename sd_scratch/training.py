@@ -127,7 +127,7 @@ class Fit:
 def _matrices(model):
     "Find the weights that Muon is for (Jordan et al. 2024)"
     layers = ((name.rpartition(".")[2], layer) for name, layer in model.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)))
-    return [layer.weight for name, layer in layers if name not in ("conv_in", "conv_out")]
+    return list(dict.fromkeys(layer.weight for name, layer in layers if name not in ("conv_in", "conv_out")))    # a weight that two layers share, once
 
 def _meet(accelerator, model):
     "Let all processes begin with the weights of the first"

@@ -322,6 +322,9 @@ def test_muon_leaves_the_ends_and_all_that_is_no_matrix_to_adamw():
     muons = [name for name, w in zip(run.names, run.weights) if isinstance(run.optimizer_of[w], Muon)]
     assert muons == ["middle.0.weight", "middle.1.weight"]
     assert sum(w.numel() for optimizer in run.optimizers for group in optimizer.param_groups for w in group["params"]) == sum(w.numel() for w in run.weights)
+    shared = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    shared[1].weight = shared[0].weight
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in Fit(shared, steps=1, muon=True).optimizers] == [2, 1]
     bare = Fit(nn.Linear(2, 2, bias=False), steps=1, muon=True)                      # nothing is left for AdamW
     bare.step(lambda generator: bare.model(torch.ones(1, 2)).sum())
     assert [type(optimizer) for optimizer in bare.optimizers] == [Muon]
