@@ -36,23 +36,25 @@ _MODES = dict(
         arrows="data-tokenizer tokenizer-text text-unet data-vae vae-noise noise-unet unet-training training~unet"))
 
 def show_map(
-    part=None,  # name of the part to light up: "vae", "text", "unet", ... ; None lights nothing
+    part=None,  # name of the part to light up: "vae", "text", "unet", ... ; several names between spaces light several; None lights nothing
     mode=None,  # "drawing", "training"; None: drawing, or training for a part that only training has
 ):              # matplotlib figure
-    "Draw the map of Stable Diffusion with one part lit."
+    "Draw the map of Stable Diffusion with one part lit, or several."
     from matplotlib import pyplot as plt                      # takes seconds to import, and only figures need it
     from matplotlib.patches import FancyBboxPatch
-    mode = mode or next((m for m in _MODES if part is None or part in _MODES[m]["boxes"]), "drawing")
+    parts = (part or "").split()
+    mode = mode or next((m for m in _MODES if set(parts) <= set(_MODES[m]["boxes"])), "drawing")
     if mode not in _MODES: raise ValueError(f"there is no map of {mode!r}; the modes are {', '.join(_MODES)}")
     boxes, arrows = _MODES[mode].values()
-    if part is not None and part not in boxes: raise ValueError(f"the map of {mode} has no part {part!r}; its parts are {', '.join(boxes)}")
+    for name in parts:
+        if name not in boxes: raise ValueError(f"the map of {mode} has no part {name!r}; its parts are {', '.join(boxes)}")
     columns = 1 + max(x for _, x, _ in boxes.values())
     fig, ax = plt.subplots(figsize=(10, 2.6), facecolor="white")
     ax.set(xlim=(-.05, columns*1.2 - .15), ylim=(-.28, 1.85)); ax.axis("off")
     fig.subplots_adjust(0, 0, 1, 1)
     middle = {name: (1.2*x + .475, y + .3) for name, (_, x, y) in boxes.items()}
     for name, (label, x, y) in boxes.items():
-        lit = name == part
+        lit = name in parts
         ax.add_patch(FancyBboxPatch((1.2*x + .04, y + .05), .87, .5, boxstyle="round,pad=.03,rounding_size=.08", lw=2 if lit else 1,
                                     fc="#ffd34d" if lit else "#eef2f7", ec="#b07d00" if lit else "#7a8699"))
         ax.text(*middle[name], label, ha="center", va="center", fontsize=9.5, color="#1c2430", weight="bold" if lit else "normal")

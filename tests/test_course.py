@@ -125,6 +125,13 @@ def test_the_map_lights_each_part():
         assert (dark[0, 0] == 255).all()
 
 
+def test_the_map_lights_two_parts():
+    yellow = [sum(patch.get_linewidth() == 2 for patch in show_map(part, "training").axes[0].patches) for part in (None, "vae", "vae unet")]
+    assert yellow == [0, 1, 2]
+    assert (pixels_of(show_map("data unet")) == pixels_of(show_map("data unet", "training"))).all()
+    with pytest.raises(ValueError, match="no part 'engine'"): show_map("unet engine")
+
+
 def test_the_map_takes_the_mode_that_has_the_part():
     assert (pixels_of(show_map("data")) == pixels_of(show_map("data", "training"))).all()
     assert (pixels_of(show_map("unet")) == pixels_of(show_map("unet", "drawing"))).all()
