@@ -262,7 +262,7 @@ class Plan:
     shapes: int = 60_000                                                                    # scenes to draw
     vocab_size: int = 1500                                                                  # tokens
     order: bool = False                                                                     # ask CLIP for the order of two things (notebook 10)?
-    unet_muon: bool = False                                                                 # its matrices and kernels by Muon (notebook 02), the rest by AdamW?
+    muon: list = field(default_factory=list)                                                # of vae, clip, unet: whose matrices and kernels Muon trains (notebook 02); AdamW does the rest
     shares: dict = field(default_factory=lambda: dict(emoji=2, shapes=3, fashion_mnist=1))  # of a batch; a folder counts 2
     widths: dict = field(default_factory=lambda: WIDTHS)                                    # configurations of the networks
     schedule: dict = field(default_factory=lambda: dict(prediction_type="v_prediction"))    # options of the `NoiseSchedule`
@@ -274,6 +274,7 @@ class Plan:
             if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool): raise ValueError(f"a plan's {f.name} is of type {f.type.__name__}; given was {value!r}")
             if f.name != "seed" and f.type in (int, float) and value <= 0: raise ValueError(f"a plan's {f.name} must be more than 0; given was {value!r}")
         if not self.data: raise ValueError(f"a plan needs data: one or more of {', '.join(DATASETS)}, or folders")
+        if unknown := [name for name in self.muon if name not in ("vae", "clip", "unet")]: raise ValueError(f"a plan's muon names networks, of vae, clip and unet; given was {', '.join(map(str, unknown))}")
 
     @classmethod
     def load(cls,
@@ -345,7 +346,7 @@ def fit(self:Trainer,
 ):
     "Train one network, or go on with it"
     plan = self.plan
-    self.fitted = run = Fit(model, getattr(plan, f"{name}_steps"), getattr(plan, f"{name}_lr"), seed=plan.seed, checkpoint=self.notes / f"{name}.safetensors", muon=name == "unet" and plan.unet_muon)
+    self.fitted = run = Fit(model, getattr(plan, f"{name}_steps"), getattr(plan, f"{name}_lr"), seed=plan.seed, checkpoint=self.notes / f"{name}.safetensors", muon=name in plan.muon)
     for part, inputs in parts: replayed(part, *inputs)
     losses = run.go(loss, f"{name:4}", progress=self.progress)
     with whole_file(self.notes / f"{name}_losses.json") as path: path.write_text(json.dumps([round(x, 5) for x in losses]), encoding="utf-8")

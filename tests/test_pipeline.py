@@ -381,7 +381,7 @@ def test_unknown_or_broken_models(saved, tmp_path):
 SMALL = dict(
     vae=WIDTHS["vae"] | dict(block_out_channels=[8, 8, 8], norm_num_groups=4), text=WIDTHS["text"] | dict(hidden_size=16, intermediate_size=32, projection_dim=16),
     vision=WIDTHS["vision"] | dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, projection_dim=16), unet=WIDTHS["unet"] | dict(block_out_channels=[8, 16], norm_num_groups=4, cross_attention_dim=16))
-MINI = Plan(["shapes"], vae_steps=6, clip_steps=6, unet_steps=6, vae_batch=4, clip_batch=8, unet_batch=4, shapes=64, vocab_size=560, order=True, unet_muon=True, widths=SMALL)
+MINI = Plan(["shapes"], vae_steps=6, clip_steps=6, unet_steps=6, vae_batch=4, clip_batch=8, unet_batch=4, shapes=64, vocab_size=560, order=True, muon=["unet"], widths=SMALL)
 
 
 def parts(trainer):
@@ -472,17 +472,19 @@ def test_run_leaves_a_whole_model(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="another plan"): Trainer(replace(MINI, seed=5), tmp_path / "m", "cpu")
 
 
-def test_a_plan_says_who_trains_the_unet(tmp_path):
-    "Muon has the UNet's matrices if the plan says so, and nothing else."
-    for muon in (False, True):
-        trainer = Trainer(replace(MINI, unet_muon=muon), tmp_path / str(muon), "cpu", progress=False, say=lambda line: None)
+def test_a_plan_says_whom_muon_trains(tmp_path):
+    "Muon has the matrices of the networks that the plan names, and of no other."
+    for muon in ([], ["unet"], ["vae", "clip"]):
+        trainer, found = Trainer(replace(MINI, muon=muon), tmp_path / "-".join(["m", *muon]), "cpu", progress=False, say=lambda line: None), {}
+        kind = lambda name: type(trainer.fitted.optimizer_of[dict(zip(trainer.fitted.names, trainer.fitted.weights))[name]]).__name__
         vae = trainer.vae()
-        assert len(trainer.fitted.optimizers) == 1
+        found["vae"] = kind("encoder.mid_block.resnets.0.conv1.weight")
         tokenizer, clip = trainer.clip()
-        assert len(trainer.fitted.optimizers) == 1
+        found["clip"] = kind("text_model.encoder.layers.0.mlp.fc1.weight")
         trainer.unet(vae, tokenizer, clip.text_model, NoiseSchedule())
-        kinds = {name: type(trainer.fitted.optimizer_of[w]).__name__ for name, w in zip(trainer.fitted.names, trainer.fitted.weights)}
-        assert kinds["down_blocks.0.resnets.0.conv1.weight"] == ("Muon" if muon else "AdamW") and kinds["conv_in.weight"] == kinds["conv_norm_out.weight"] == "AdamW"
+        found["unet"] = kind("down_blocks.0.resnets.0.conv1.weight")
+        assert found == {name: "Muon" if name in muon else "AdamW" for name in ("vae", "clip", "unet")}
+        assert kind("conv_in.weight") == kind("conv_norm_out.weight") == "AdamW"
 
 
 def test_long_plans_ask_for_the_order(monkeypatch):
@@ -496,6 +498,7 @@ def test_plans(tmp_path):
     with pytest.raises(ValueError, match="vae_steps must be more than 0"): replace(MINI, vae_steps=0)
     with pytest.raises(ValueError, match="order is of type bool; given was 1"): replace(MINI, order=1)
     with pytest.raises(ValueError, match="seed is of type int; given was True"): replace(MINI, seed=True)
+    with pytest.raises(ValueError, match="muon names networks, of vae, clip and unet; given was tokenizer"): replace(MINI, muon=["tokenizer", "unet"])
     with pytest.raises(ValueError, match="needs data"): Plan([])
     with pytest.raises(ValueError, match="data is of type list"): Plan("shapes")
     (tmp_path / "p.json").write_text('{"data": ["shapes"], "stpes": 3}')

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sd_scratch.clip import CLIPModel
+from sd_scratch.clip import CLIPModel, exchanged
 from sd_scratch.course import to_tensor, weights_folder
 from sd_scratch.data import CLOTHES, fashion_mnist, shapes
 from sd_scratch.evaluation import prompt_report, prompts_for
@@ -36,14 +36,17 @@ def test_clip_belongs_to_it(pipe):
 
 @torch.no_grad()
 def test_clip_finds_captions_and_pictures(pipe):
-    "Among 1,000 different captions of test scenes, the right one comes first for at least 60 % of the pictures, and the right picture likewise; clothes are told by their prompts."
+    "Among 1,000 different captions of test scenes, the right one comes first for at least three pictures of four, and the right picture likewise; clothes are told by their prompts, and what is where by its caption."
     clip = CLIPModel.from_pretrained(TINY / "clip")
     look = lambda data, indices: torch.cat([clip.image_features(data.batch(part)[0]) for part in torch.tensor(indices).split(500)])
     scenes = shapes("test", 2000)
     first = {caption: i for i, caption in reversed(list(enumerate(scenes.captions)))}
     chosen = sorted(first.values())[:1000]
     similar = look(scenes, chosen) @ clip.text_features(pipe.tokenizer([scenes.captions[i] for i in chosen])).T          # (1000, 1000)
-    for way in 0, 1: assert (similar.argmax(way) == torch.arange(1000)).float().mean() >= 0.6
+    for way in 0, 1: assert (similar.argmax(way) == torch.arange(1000)).float().mean() >= 0.75
+    two = [i for i, caption in enumerate(scenes.captions) if exchanged(caption) != caption]
+    true, false = (clip.text_features(pipe.tokenizer([tell(scenes.captions[i]) for i in two])) for tell in (str, exchanged))
+    assert ((look(scenes, two) * (true - false)).sum(1) > 0).float().mean() >= 0.95
     try: clothes = fashion_mnist("test")
     except FileNotFoundError as error: pytest.skip(str(error))
     said = [f"a photo of {name}" for name in CLOTHES]
@@ -68,8 +71,7 @@ def test_heart_has_its_color(pipe, color):
     assert x[:, :, -3:, :3].mean() > 0.8 and x[:, :, -3:, -3:].mean() > 0.8                   # white beside its tip
 
 
-@pytest.mark.xfail(reason="this tiny, 15,000 steps of its UNet on two slow cores, reaches 33 % seen and 15 % held out (weights/tiny/training/prompts.json); a longer training must replace it")
 def test_prompt_accuracy(pipe):
     prompts = [p for held_out in (False, True) for things in (1, 2) for p in prompts_for(40, held_out, things)]
     report = prompt_report(painter(pipe), prompts)
-    assert report["seen"]["all"]["accuracy"] >= 0.9 and report["held_out"]["all"]["accuracy"] >= 0.75
+    assert report["seen"]["all"]["accuracy"] >= 0.95 and report["held_out"]["all"]["accuracy"] >= 0.9
