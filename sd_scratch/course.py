@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 _MODES = dict(
     drawing=dict(                       # part: (label, column, row)
         boxes=dict(prompt=("prompt\n“red heart”", 0, 1), tokenizer=("tokenizer\nwords → numbers", 1, 1), text=("text encoder\nCLIP", 2, 1),
-                   guidance=("guidance\nwith − without text", 3, 1), noise=("pure noise\n4×8×8", 1, 0), unet=("UNet\npredicts the noise", 2, 0),
+                   guidance=("guidance\ntext − no text", 3, 1), noise=("pure noise\n4×8×8", 1, 0), unet=("UNet\npredicts the noise", 2, 0),
                    sampler=("sampler\ntakes a step", 3, 0), vae=("VAE decoder\nlatents → pixels", 4, 0), picture=("picture\n3×32×32", 5, 0)),
         arrows="prompt-tokenizer tokenizer-text text-unet noise-unet unet-sampler guidance-sampler sampler-vae vae-picture sampler~unet"),
     training=dict(
@@ -57,7 +57,7 @@ def show_map(
         lit = name in parts
         ax.add_patch(FancyBboxPatch((1.2*x + .04, y + .05), .87, .5, boxstyle="round,pad=.03,rounding_size=.08", lw=2 if lit else 1,
                                     fc="#ffd34d" if lit else "#eef2f7", ec="#b07d00" if lit else "#7a8699"))
-        ax.text(*middle[name], label, ha="center", va="center", fontsize=9.5, color="#1c2430", weight="bold" if lit else "normal")
+        ax.text(*middle[name], label, ha="center", va="center", fontsize=8.7 if lit else 9.2, color="#1c2430", weight="bold" if lit else "normal")
     for arrow in arrows.split():
         start, end = arrow.replace("~", "-").split("-")
         (x0, y0), (x1, y1) = middle[start], middle[end]
