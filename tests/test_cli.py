@@ -192,7 +192,7 @@ def test_change_a_picture(photo):
         status, out, error = call(*EDIT, "--strength", strength, "--out", "x.png", cwd=photo)
         assert status == 0 and error.count("\n") == 1 and "warning: the picture is 60 x 40 pixels" in error and "32 x 32" in error
         far.append(abs(seen(photo / "x.png")[2::4, 2::4] - known).mean())                          # each pixel is drawn as 4 x 4
-    assert far[0] < 20 and far[1] > 40                                                            # measured: 10 and 73
+    assert far[0] < 20 and far[1] > 40                                                            # measured: 12 and 70
     Image.open(photo / "photo.png").crop((10, 0, 42, 32)).save(photo / "small.png")
     status, out, error = call(*EDIT, "--image", "small.png", "--count", 2, "--out", "two.png", cwd=photo)
     assert status == 0 and error == "" and Image.open(photo / "two.png").size == (2 * 130 + 2, 132)  # the size of the model: nothing to say
@@ -202,7 +202,7 @@ def test_a_mask_keeps_what_is_black(photo):
     painted(photo, "mask.png", (30, 0, 60, 40))
     assert call(*EDIT, "--mask", "mask.png", "--out", "x.png", cwd=photo)[0] == 0
     far = abs(seen(photo / "x.png")[2::4, 2::4] - np.asarray(fit_picture(Image.open(photo / "photo.png"), 32, 32))).mean((0, 2))   # of each column
-    assert far[:14].mean() < 20 and far[16:].mean() > 40                                          # measured: 8 and 82
+    assert far[:14].mean() < 20 and far[16:].mean() > 40                                          # measured: 13 and 70
 
 
 def test_size(photo):
