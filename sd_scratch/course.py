@@ -188,15 +188,14 @@ def image_grid(
     if titles is not None and len(titles) != len(images): raise ValueError(f"{len(titles)} titles for {len(images)} pictures")
     images = [o.resize((o.width*scale, o.height*scale), Image.Resampling.NEAREST) for o in images]
     columns = columns or min(8, len(images))
-    rows = -(-len(images)//columns)
     width, height = (max(getattr(o, side) for o in images) for side in ("width", "height"))
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 11)
     labels = [_label_lines(o, font, width) for o in titles or [""]*len(images)]
-    label = 13*max(map(len, labels)) + (4 if titles is not None else 0)
-    grid = Image.new("RGB", (columns*(width + pad) + pad, rows*(height + label + pad) + pad), background)
+    tall = [height + pad + 13*max(map(len, labels[i:i + columns])) + (4 if titles is not None else 0) for i in range(0, len(labels), columns)]     # each row with its labels
+    grid = Image.new("RGB", (columns*(width + pad) + pad, sum(tall) + pad), background)
     pen = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
-        x, y = pad + i % columns*(width + pad), pad + i//columns*(height + label + pad)
+        x, y = pad + i % columns*(width + pad), pad + sum(tall[:i//columns])
         grid.paste(image.convert("RGB"), (x, y))
         for k, line in enumerate(labels[i]): pen.text((x + width/2, y + height + 2 + 13*k), line, fill="#444444", font=font, anchor="ma")
     return grid
