@@ -250,19 +250,19 @@ class Plan:
     "All that decides how a model comes out: same plan, machine and number of threads, same weights"
     data: list                                                                              # names of data sets, or folders
     seed: int = 0                                                                           # of weights, batches, noise and drawn scenes
-    vae_steps: int = 7000
-    clip_steps: int = 7000
-    unet_steps: int = 24_000
-    vae_lr: float = 1.5e-3                                                                  # peak of the learning rate
-    clip_lr: float = 1e-3
-    unet_lr: float = 1.2e-3
+    vae_steps: int = 6000
+    clip_steps: int = 6000
+    unet_steps: int = 8000
+    vae_lr: float = 4e-3                                                                    # peak of the learning rate
+    clip_lr: float = 3e-3
+    unet_lr: float = 3e-3
     vae_batch: int = 16                                                                     # pictures in a step
     clip_batch: int = 64
-    unet_batch: int = 32
+    unet_batch: int = 64
     shapes: int = 60_000                                                                    # scenes to draw
     vocab_size: int = 1500                                                                  # tokens
     order: bool = False                                                                     # ask CLIP for the order of two things (notebook 10)?
-    muon: list = field(default_factory=list)                                                # of vae, clip, unet: whose matrices and kernels Muon trains (notebook 02); AdamW does the rest
+    muon: list = field(default_factory=lambda: ["vae", "clip", "unet"])                    # networks whose matrices and kernels Muon trains (notebook 02); AdamW does the rest
     shares: dict = field(default_factory=lambda: dict(emoji=2, shapes=3, fashion_mnist=1))  # of a batch; a folder counts 2
     widths: dict = field(default_factory=lambda: WIDTHS)                                    # configurations of the networks
     schedule: dict = field(default_factory=lambda: dict(prediction_type="v_prediction"))    # options of the `NoiseSchedule`
@@ -281,7 +281,7 @@ class Plan:
         path,  # a JSON file that `save` wrote
     ):         # `Plan`
         "Read a plan"
-        given, known = read_json(path), {f.name for f in fields(cls)}
+        given, known = dict(muon=[]) | read_json(path), {f.name for f in fields(cls)}                         # a plan from before Muon has AdamW's rates
         if "data" not in given or set(given) - known: raise ValueError(f"{path} is not a plan: it needs data and may have {', '.join(sorted(known))}; it has {', '.join(given)}")
         return cls(**given)
 
@@ -509,7 +509,7 @@ def seconds_per_step(
                   unet=(unet, lambda g: denoising_loss(unet, schedule, latents, text, g)))
     found = {}
     for name, (model, loss) in losses.items():
-        run = Fit(model, steps=1000, lr=1e-4)
+        run = Fit(model, steps=1000, lr=1e-4, muon=name in plan.muon)
         for _ in range(2): run.step(loss)
         start = time.perf_counter()
         for _ in range(repeat): run.step(loss)
@@ -522,15 +522,15 @@ def plan_for(
     seed=0,       # of the plan
     device=None,  # a torch.device or its name; None: the fastest
 ):                # `Plan`
-    "Time this machine and turn minutes into steps: three tenths for the autoencoder, six for the UNet, the rest for CLIP and for drawing"
+    "Time this machine and turn minutes into steps: a sixth each for the autoencoder and for CLIP, more than half for the UNet, the rest for drawing"
     if not 0 < minutes < float("inf"): raise ValueError(f"minutes is {minutes}; it must be a number above 0")
     for name in data:
         if name != "shapes": load_data(name)  # what is missing is said before the timing
     plan = Plan(list(data), seed)
     for name, each in seconds_per_step(plan, device).items():
-        share = dict(vae=0.28, clip=0.07, unet=0.57)[name]
+        share = dict(vae=0.17, clip=0.17, unet=0.58)[name]
         setattr(plan, f"{name}_steps", max(1, int(60 * minutes * share / each)))
-    plan.order = plan.unet_steps >= 8_000  # with fewer, one thing is drawn better without
+    plan.order = plan.clip_steps >= 800  # with fewer, the order of two things isn't learned
     return plan
 
 # %% ../nbs/17_pipeline.ipynb #c3d118c1

@@ -488,10 +488,15 @@ def test_a_plan_says_whom_muon_trains(tmp_path):
 
 
 def test_long_plans_ask_for_the_order(monkeypatch):
-    monkeypatch.setattr(pipeline, "seconds_per_step", lambda plan, device: dict(vae=0.1, clip=0.2, unet=0.25))
-    short, long = plan_for(20, ["shapes"]), plan_for(60, ["shapes"])
-    assert short.unet_steps == pytest.approx(2736, abs=1) and not short.order
-    assert long.unet_steps == pytest.approx(8208, abs=1) and long.order
+    monkeypatch.setattr(pipeline, "seconds_per_step", lambda plan, device: dict(vae=0.1, clip=0.2, unet=0.5))
+    short, long = plan_for(10, ["shapes"]), plan_for(20, ["shapes"])
+    assert (short.vae_steps, short.clip_steps, short.unet_steps) == pytest.approx((1020, 510, 696), abs=1) and not short.order
+    assert long.clip_steps == pytest.approx(1020, abs=1) and long.order
+
+
+def test_a_plan_from_before_muon_has_none(tmp_path):
+    (tmp_path / "plan.json").write_text('{"data": ["shapes"], "unet_lr": 0.0012}')
+    assert Plan.load(tmp_path / "plan.json").muon == [] and Plan(["shapes"]).muon == ["vae", "clip", "unet"]
 
 
 def test_plans(tmp_path):
