@@ -262,7 +262,7 @@ class Plan:
     shapes: int = 60_000                                                                    # scenes to draw
     vocab_size: int = 1500                                                                  # tokens
     order: bool = False                                                                     # ask CLIP for the order of two things (notebook 10)?
-    muon: list = field(default_factory=lambda: ["vae", "clip", "unet"])                    # networks whose matrices and kernels Muon trains (notebook 02); AdamW does the rest
+    muon: list = field(default_factory=lambda: ["vae", "clip", "unet"])                     # networks whose matrices and kernels Muon trains (notebook 02); AdamW does the rest
     shares: dict = field(default_factory=lambda: dict(emoji=2, shapes=3, fashion_mnist=1))  # of a batch; a folder counts 2
     widths: dict = field(default_factory=lambda: WIDTHS)                                    # configurations of the networks
     schedule: dict = field(default_factory=lambda: dict(prediction_type="v_prediction"))    # options of the `NoiseSchedule`
@@ -281,7 +281,8 @@ class Plan:
         path,  # a JSON file that `save` wrote
     ):         # `Plan`
         "Read a plan"
-        given, known = dict(muon=[]) | read_json(path), {f.name for f in fields(cls)}                         # a plan from before Muon has AdamW's rates
+        given, known = read_json(path), {f.name for f in fields(cls)}
+        if "unet_lr" in given: given.setdefault("muon", [])                                 # a plan from before Muon: its rates are AdamW's
         if "data" not in given or set(given) - known: raise ValueError(f"{path} is not a plan: it needs data and may have {', '.join(sorted(known))}; it has {', '.join(given)}")
         return cls(**given)
 

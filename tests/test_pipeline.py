@@ -497,6 +497,8 @@ def test_long_plans_ask_for_the_order(monkeypatch):
 def test_a_plan_from_before_muon_has_none(tmp_path):
     (tmp_path / "plan.json").write_text('{"data": ["shapes"], "unet_lr": 0.0012}')
     assert Plan.load(tmp_path / "plan.json").muon == [] and Plan(["shapes"]).muon == ["vae", "clip", "unet"]
+    (tmp_path / "short.json").write_text('{"data": ["shapes"]}')
+    assert Plan.load(tmp_path / "short.json") == Plan(["shapes"])
 
 
 def test_plans(tmp_path):
