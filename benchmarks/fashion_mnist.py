@@ -28,15 +28,16 @@ from sd_scratch.data import fashion_mnist
 from sd_scratch.denoising import start_as_nothing
 from sd_scratch.evaluation import fid, kid, load_clothes_classifier
 from sd_scratch.noise import NoiseSchedule
-from sd_scratch.samplers import SAMPLERS, karras_steps
+from sd_scratch.samplers import SAMPLERS, sampling_steps
 from sd_scratch.training import Fit, replayed, seeded
 from sd_scratch.unet import UNet2DConditionModel
 from sd_scratch.vae import AutoencoderKL
 
 COUNT, DRAWS, MOMENTS = 2048, 3, (1 / 8, 1 / 4, 1 / 2, 1)
 TIMING = 0.03                                                               # of the minutes, to find out how many steps they are
-SAMPLER = {20: "ddim", 50: "euler_ancestral", 100: "euler_ancestral"}       # by evaluations: the best in a trial; on Karras' steps, one evaluation in each
-AT_A_MOMENT = "dpm_solver", 20                                              # of the training
+SCHEDULE = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing")   # nothing of the picture is left at its end, from which samplers start
+SAMPLER = {20: "ddim", 50: "ddpm", 100: "ddpm"}                             # by evaluations: the best in a trial; one evaluation in each step
+AT_A_MOMENT = "ddim", 20                                                    # of the training
 
 
 def unet(channels, side, widths, attention, layers=1):
@@ -53,11 +54,11 @@ def autoencoder(widths, channels=4, layers=1):
 
 RECIPES = dict(                                                             # `share`: of the minutes, for the autoencoder
     cpu=dict(
-        pixels=dict(unet=unet(4, 16, [32, 64, 96], [0, 0, 1]), batch=16, lr=1e-3, decay=0.999),
-        latents=dict(unet=unet(4, 8, [64, 96], [0, 1]), batch=16, lr=1e-3, decay=0.999, vae=autoencoder([32, 64]), kl=1e-6, share=0.3, vae_batch=16, vae_lr=2e-3)),
+        pixels=dict(unet=unet(4, 16, [32, 64, 96], [0, 0, 1]), batch=64, lr=4e-3, decay=0.999),
+        latents=dict(unet=unet(4, 8, [64, 96], [0, 1]), batch=128, lr=4e-3, decay=0.999, vae=autoencoder([32, 64]), kl=3e-6, share=0.25, vae_batch=8, vae_lr=4e-3)),
     cuda=dict(
-        pixels=dict(unet=unet(4, 16, [128, 192, 192], [0, 0, 1]), batch=128, lr=1e-3, decay=0.999),
-        latents=dict(unet=unet(8, 8, [128, 176], [1, 1]), batch=128, lr=1e-3, decay=0.999, vae=autoencoder([64, 128], channels=8), kl=1e-6, share=0.3, vae_batch=64, vae_lr=2e-3)))
+        pixels=dict(unet=unet(4, 16, [128, 192, 192], [0, 0, 1]), batch=128, lr=4e-3, decay=0.999),
+        latents=dict(unet=unet(8, 8, [128, 176], [1, 1]), batch=128, lr=4e-3, decay=0.999, vae=autoencoder([64, 128], channels=8), kl=1e-6, share=0.3, vae_batch=64, vae_lr=4e-3)))
 
 
 class Notes(dict):
@@ -154,7 +155,7 @@ class Run:
         self.threads = torch.get_num_threads()
         self.folder = folder / f"{kind}-{minutes:g}-{self.device.type}-{self.threads}-{seed}"
         self.notes, self.say = Notes(self.folder / "notes.json"), lambda line: say(f"{kind}: {line}")
-        self.schedule = NoiseSchedule(prediction_type="v_prediction")
+        self.schedule = NoiseSchedule(**SCHEDULE)
         a = self.schedule.alphas_cumprod.to(self.device)[:, None, None, None]
         self.signal, self.sigma = a.sqrt(), (1 - a).sqrt()                                                          # (T, 1, 1, 1)
         with seeded(seed):
@@ -172,7 +173,7 @@ class Run:
         "Make the training of the autoencoder, with the loss of notebook 07."
         r, copier = self.recipe, Copier(vae)
         batch, pictures = r["vae_batch"], self.bench.pictures
-        fit = Fit(vae, steps, r["vae_lr"], decay=r["decay"], seed=self.seed, checkpoint=checkpoint)
+        fit = Fit(vae, steps, r["vae_lr"], decay=r["decay"], seed=self.seed, checkpoint=checkpoint, muon=True)
         network = replayed(copier, torch.zeros(batch, *pictures.shape[1:], device=self.device), torch.zeros(batch, *self.shape, device=self.device))
         def loss(generator):
             random = self.random(generator)
@@ -185,7 +186,7 @@ class Run:
         "Make the training of the denoiser, with the loss of notebook 13."
         r, (middles, spreads), captions = self.recipe, codes, self.bench.captions
         batch = r["batch"]
-        fit = Fit(unet, steps, r["lr"], decay=r["decay"], seed=self.seed, checkpoint=checkpoint)
+        fit = Fit(unet, steps, r["lr"], decay=r["decay"], seed=self.seed, checkpoint=checkpoint, muon=True)
         network = replayed(unet, torch.zeros(batch, *self.shape, device=self.device), torch.zeros(batch, dtype=torch.long, device=self.device), captions[:batch].clone())
         def loss(generator):
             random = self.random(generator)
@@ -239,7 +240,7 @@ class Run:
         "Paint pictures of captions drawn from the training set, if the folder hasn't them; return them."
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
-            generator, steps, found = torch.Generator().manual_seed(1000 * self.seed + draw), karras_steps(self.schedule, evaluations), []
+            generator, steps, found = torch.Generator().manual_seed(1000 * self.seed + draw), sampling_steps(self.schedule, evaluations), []
             captions = self.bench.captions[torch.randint(len(self.bench.captions), (COUNT,), generator=generator).to(self.device)]
             noise = torch.randn(COUNT, *self.shape, generator=generator).to(self.device)
             for x, text in zip(*(whole.split(128 if self.device.type == "cpu" else COUNT) for whole in (noise, captions))):
@@ -270,7 +271,7 @@ class Run:
         curve = [[before + share * spent[0], bench.scores([self.paint(f"moment-{share:g}", *AT_A_MOMENT, 0)])["fid"]] for share in MOMENTS]
         return dict(kind=self.kind, minutes_asked=self.minutes, machine=describe(self.device), threads=self.threads, seed=self.seed, minutes=before + spent[0], minutes_of_the_autoencoder=before,
             minutes_on_the_wall=minutes[1] + encoding + spent[1], steps=plan["unet"], batch=r["batch"], pictures=plan["unet"] * r["batch"], parameters=count(self.unet), steps_of_the_autoencoder=plan.get("vae", 0),
-            parameters_of_the_autoencoder=count(self.vae), torch=torch.__version__, recipe=r, floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
+            parameters_of_the_autoencoder=count(self.vae), torch=torch.__version__, recipe=r | dict(optimizer="Muon", schedule=SCHEDULE), floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
             copies=bench.scores(copies) if copies else None, scores={number: dict(sampler=SAMPLER[number]) | bench.scores(each) for number, each in sets.items()}, curve=curve)
 
 
@@ -304,7 +305,7 @@ def spread(score): return f"{score['fid']:.3g}" + (f" ± {score['spread']:.2g}" 
 
 def table(rows):
     "Write the results as lines of text."
-    yield f"FID and KID of {COUNT:,} pictures, painted of captions drawn from the training set, against the 10,000 test pictures, in the features of the course's classifier of clothes; Karras' steps; ± standard deviation"
+    yield f"FID and KID of {COUNT:,} pictures, painted of captions drawn from the training set, against the 10,000 test pictures, in the features of the course's classifier of clothes; ± standard deviation"
     yield f"{'kind':8} {'parameters':>10} {'minutes':>7} {'threads':>7} {'steps':>7} {'pictures':>10} {'evaluations':>11} {'sampler':15} {'FID':>16} {'floor':>16} {'FID/floor':>9} {'KID':>9}  machine"
     for r in rows:
         for evaluations, s in r["scores"].items():

@@ -24,7 +24,7 @@ def bench(monkeypatch):
     captions = [f"a photo of {CLOTHES[i % 10]}" for i in range(300)]
     monkeypatch.setattr(module, "fashion_mnist", lambda split: CaptionedPictures(pictures if split == "train" else pictures.flip(0)[:200], captions[:300 if split == "train" else 200]))
     monkeypatch.setattr(module, "COUNT", 20)
-    monkeypatch.setattr(module, "SAMPLER", {2: "ddim", 3: "euler_ancestral"})
+    monkeypatch.setattr(module, "SAMPLER", {2: "ddim", 3: "ddpm"})
     monkeypatch.setattr(module, "AT_A_MOMENT", ("ddim", 2))
     small = dict(batch=4, lr=1e-3, decay=0.9)
     monkeypatch.setattr(module, "RECIPES", dict(cpu=dict(
@@ -56,7 +56,7 @@ def test_a_killed_benchmark_goes_on(bench, tmp_path, monkeypatch, capsys):
             return denoise(*args, **options)
         return killed
 
-    for name in ("ddim", "euler_ancestral"): monkeypatch.setitem(bench.SAMPLERS, name, mortal(bench.SAMPLERS[name]))
+    for name in ("ddim", "ddpm"): monkeypatch.setitem(bench.SAMPLERS, name, mortal(bench.SAMPLERS[name]))
     lives, found = 0, None
     while found is None:
         left[0], lives = 4, lives + 1                                                                             # dies at the fourth set of pictures, among them those of moments
