@@ -74,16 +74,16 @@ class Notes(dict):
 
 
 def seconds(device):
-    "Read the clock that the minutes are of: with one thread on the CPU the processor's, so that other work on the machine doesn't count; else that on the wall."
+    "Read the clock that the minutes are of: with one thread on the CPU the processor's, so that waiting for other work on the machine doesn't count; else that on the wall."
     return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Clock:
-    "Add up what the steps of a training took over all its lives, as a callback; steps that were lost with a life don't count"
+    "Add up what the steps of a training took over all its lives, as a callback; steps that were lost with a life don't count, those that it forgot to note count as long as the others"
     def __init__(self, notes, name, done, device):
         self.notes, self.name, self.device = notes, name, device
         steps, *spent = notes.get(name, [0, 0, 0])
-        self.spent, self.written = [s * min(1, done / max(1, steps)) for s in spent], time.perf_counter()
+        self.spent, self.written = [s * done / max(1, steps) for s in spent], time.perf_counter()                # the weights may be some seconds older or younger than the notes
         self.start()
 
     def start(self):
@@ -152,9 +152,12 @@ class Run:
     def __init__(self, kind, minutes, bench, seed, folder, say):
         self.kind, self.minutes, self.bench, self.device, self.seed = kind, minutes, bench, bench.device, seed
         self.recipe = RECIPES["cpu" if bench.device.type == "cpu" else "cuda"][kind]
+        self.about = json.loads(json.dumps(self.recipe | dict(optimizer="Muon", schedule=SCHEDULE, moments=AT_A_MOMENT)))
         self.threads = torch.get_num_threads()
         self.folder = folder / f"{kind}-{minutes:g}-{self.device.type}-{self.threads}-{seed}"
         self.notes, self.say = Notes(self.folder / "notes.json"), lambda line: say(f"{kind}: {line}")
+        if not self.notes: self.notes.keep(recipe=self.about)
+        if self.notes.get("recipe", self.about) != self.about: raise typer.BadParameter(f"{self.folder} holds a run with another recipe (its notes.json names it): delete that folder, or give another --folder")
         self.schedule = NoiseSchedule(**SCHEDULE)
         a = self.schedule.alphas_cumprod.to(self.device)[:, None, None, None]
         self.signal, self.sigma = a.sqrt(), (1 - a).sqrt()                                                          # (T, 1, 1, 1)
@@ -271,7 +274,7 @@ class Run:
         curve = [[before + share * spent[0], bench.scores([self.paint(f"moment-{share:g}", *AT_A_MOMENT, 0)])["fid"]] for share in MOMENTS]
         return dict(kind=self.kind, minutes_asked=self.minutes, machine=describe(self.device), threads=self.threads, seed=self.seed, minutes=before + spent[0], minutes_of_the_autoencoder=before,
             minutes_on_the_wall=minutes[1] + encoding + spent[1], steps=plan["unet"], batch=r["batch"], pictures=plan["unet"] * r["batch"], parameters=count(self.unet), steps_of_the_autoencoder=plan.get("vae", 0),
-            parameters_of_the_autoencoder=count(self.vae), torch=torch.__version__, recipe=r | dict(optimizer="Muon", schedule=SCHEDULE), floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
+            parameters_of_the_autoencoder=count(self.vae), torch=torch.__version__, recipe=self.about, floor=bench.scores([F.pixel_shuffle(one, 2) for one in some]),
             copies=bench.scores(copies) if copies else None, scores={number: dict(sampler=SAMPLER[number]) | bench.scores(each) for number, each in sets.items()}, curve=curve)
 
 
@@ -289,10 +292,10 @@ def same(row): return tuple(row[key] for key in ("minutes_asked", "machine", "th
 
 
 def ratios(rows):
-    "Say for each pair of rows how many times the minutes the one needs for the FID that the other ends with."
+    "Say for each pair of rows with one optimizer and schedule when the one, on its way, had the FID that the other ends with, and how many times sooner that was."
     found = []
     for pixels in (row for row in rows if row["kind"] == "pixels"):
-        for latents in (row for row in rows if row["kind"] == "latents" and same(row) == same(pixels)):
+        for latents in (row for row in rows if row["kind"] == "latents" and same(row) == same(pixels) and all(row["recipe"].get(key) == pixels["recipe"].get(key) for key in ("optimizer", "schedule"))):
             slow, fast = sorted((pixels, latents), key=lambda row: row["curve"][-1][1], reverse=True)
             reached = minutes_to(fast["curve"], slow["curve"][-1][1])
             found.append(dict(zip(("minutes_asked", "machine", "threads", "seed"), same(pixels))) | dict(fid=slow["curve"][-1][1], slower=slow["kind"], minutes=slow["curve"][-1][0], faster=fast["kind"],
@@ -305,7 +308,8 @@ def spread(score): return f"{score['fid']:.3g}" + (f" ± {score['spread']:.2g}" 
 
 def table(rows):
     "Write the results as lines of text."
-    yield f"FID and KID of {COUNT:,} pictures, painted of captions drawn from the training set, against the 10,000 test pictures, in the features of the course's classifier of clothes; ± standard deviation"
+    yield f"FID and KID of {COUNT:,} pictures, painted of captions drawn from the training set, against the 10,000 test pictures, in the features of the course's classifier of clothes; ± standard deviation of the draws, all of one training"
+    yield "minutes of all steps and of encoding the training set: with one thread of a CPU the processor's, otherwise on the wall"
     yield f"{'kind':8} {'parameters':>10} {'minutes':>7} {'threads':>7} {'steps':>7} {'pictures':>10} {'evaluations':>11} {'sampler':15} {'FID':>16} {'floor':>16} {'FID/floor':>9} {'KID':>9}  machine"
     for r in rows:
         for evaluations, s in r["scores"].items():
@@ -314,21 +318,27 @@ def table(rows):
         if r["note"]: yield f"{'':8} {r['note']}"
         if r["copies"]: yield f"{'':8} its autoencoder's copies of real pictures: FID {spread(r['copies'])}, {r['copies']['fid'] / r['floor']['fid']:.2f} times the floor"
     for r in ratios(rows):
-        yield f"{r['minutes_asked']:g} minutes, {r['machine']}: {r['slower']} end with FID {r['fid']:.3g} after {r['minutes']:.1f} minutes; {r['faster']} have it after {'at most ' * r['at_least']}{r['its_minutes']:.1f}, {'at least ' * r['at_least']}{r['ratio']:.1f} times sooner"
+        yield f"{r['minutes_asked']:g} minutes, {r['machine']}: {r['slower']} end with FID {r['fid']:.3g} (one draw, {AT_A_MOMENT[1]} evaluations) after {r['minutes']:.1f} minutes; {r['faster']}, on their way, have it after {'at most ' * r['at_least']}{r['its_minutes']:.1f}, {'at least ' * r['at_least']}{r['ratio']:.1f} times sooner"
 
 
-def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None, threads: int = os.cpu_count(), seed: int = 0, evaluations: str = ",".join(map(str, SAMPLER)), draws: int = DRAWS, folder: Path = None, out: Path = Path(__file__).with_suffix(".json"), note: str = ""):
+def main(minutes: float = 10, kinds: str = "pixels,latents", device: str = None, threads: int = os.cpu_count(), seed: int = 0, evaluations: str = ",".join(map(str, SAMPLER)), draws: int = DRAWS, folder: Path = None, out: Path = Path(__file__).with_suffix(".json"), note: str = None):
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     start = time.perf_counter()
     def say(line): print(f"{(time.perf_counter() - start) / 60:5.1f} min  {line}", flush=True)
-    if unknown := set(kinds.split(",")) - set(RECIPES["cpu"]): raise typer.BadParameter(f"there is no kind {', '.join(unknown)}; there are {', '.join(RECIPES['cpu'])}")
+    if unknown := set(kinds.split(",")) - set(RECIPES["cpu"]): raise typer.BadParameter(f"there is no kind {', '.join(sorted(unknown))}; there are {', '.join(RECIPES['cpu'])}")
+    if unknown := set(evaluations.split(",")) - set(map(str, SAMPLER)): raise typer.BadParameter(f"there is no sampler for {', '.join(sorted(unknown))} evaluations; there are those for {', '.join(map(str, SAMPLER))}")
+    if draws < 1: raise typer.BadParameter(f"{draws} draws; it must be 1 or more")
     bench, rows = Bench(pick_device(device)), []
     for kind in kinds.split(","):
-        row = Run(kind, minutes, bench, seed, folder or data_folder() / "benchmark", say).measure(sorted(map(int, evaluations.split(","))), draws) | dict(note=note)
-        rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
-        rows = sorted([*(r for r in rows if (r["kind"], *same(r)) != (kind, *same(row))), json.loads(json.dumps(row))], key=lambda r: (r["machine"], r["threads"], r["minutes_asked"], r["kind"], r["seed"]))
+        row = Run(kind, minutes, bench, seed, folder or data_folder() / "benchmark", say).measure(sorted(map(int, evaluations.split(","))), draws)
+        others, before = [], {}
+        for r in json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []:
+            if (r["kind"], *same(r)) == (kind, *same(row)): before = r
+            else: others.append(r)
+        row["note"] = before.get("note", "") if note is None else note
+        rows = sorted([*others, json.loads(json.dumps(row))], key=lambda r: (r["machine"], r["threads"], r["minutes_asked"], r["kind"], r["seed"]))
         with whole_file(out) as path: path.write_text(json.dumps(dict(rows=rows, ratios=ratios(rows)), indent=1) + "\n", encoding="utf-8")
     print("\n" + "\n".join(table(rows)) + f"\nwritten to {out}")
 

@@ -123,7 +123,7 @@ def worn(
     normal = lambda *shape: torch.randn(shape, generator=generator).to(x)
     straight = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), x.shape, align_corners=False)          # (B, 32, 32, 2): where to look, in [-1, 1]
     bends = F.interpolate(normal(len(x), 2, 8, 8), size=32, mode="bilinear").permute(0, 2, 3, 1)                # likewise
-    x = F.grid_sample(x, straight + 0.4*2/32*amount(1, 1, 1)*bends, padding_mode="border", align_corners=False) # by about 0.4 pixels at most
+    x = F.grid_sample(x, straight + 0.4*2/32*amount(1, 1, 1)*bends, padding_mode="border", align_corners=False) # by 0.4 pixels (standard deviation) at most
     x = torch.lerp(x, _blurred(x, 0.8), amount(1, 1, 1))
     ringing = normal(3, 3, 5, 5)                                                                                # a filter that leaves flat surfaces alone
     ringing = 0.03*(ringing - ringing.mean((2, 3), keepdim=True))
@@ -274,7 +274,7 @@ def fid(
     real,        # (N, D) features of real pictures
     generated,   # (M, D) those of generated ones, of the same network
 ) -> float:      # 0 or more; 0 where means and covariances are the same
-    "Compute the Fréchet distance of two Gaussians that have the features' means and covariances (Heusel et al. 2017, eq. 6)."
+    "Compute the squared Fréchet distance of two Gaussians that have the features' means and covariances (Heusel et al. 2017, eq. 6)."
     (m, c), (m_w, c_w) = ((x.mean(0), torch.cov(x.T).reshape(x.shape[1], -1)) for x in _check_features(real, generated))
     values, vectors = torch.linalg.eigh(c)
     root = vectors*values.clamp(min=0).sqrt() @ vectors.T                             # the symmetric root of C

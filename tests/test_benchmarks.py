@@ -76,15 +76,32 @@ def test_a_new_run_keeps_the_rows_of_others(bench, tmp_path):
 
 
 def test_the_ratio_is_read_off_the_curves(bench):
-    row = dict(minutes_asked=8, machine="m", threads=1, seed=0)
+    row = dict(minutes_asked=8, machine="m", threads=1, seed=0, recipe=dict(schedule="cosine"))
     slow, fast = row | dict(kind="pixels", curve=[[1, 16], [2, 8], [4, 4], [8, 2]]), row | dict(kind="latents", curve=[[1, 4], [2, 3], [4, 1], [8, 0.5]])
     (found,) = bench.ratios([slow, fast])
     assert found["faster"] == "latents" and 2 < found["its_minutes"] < 4 and found["ratio"] == pytest.approx(8 / found["its_minutes"])
+    assert not bench.ratios([slow, fast | dict(recipe=dict(schedule="linear"))])                                    # a row of an older recipe tells nothing of pixels and latents
     assert bench.minutes_to(slow["curve"], 8) == 2 and bench.minutes_to(slow["curve"], 1) is None
 
 
-def test_an_unknown_kind_is_refused(bench, tmp_path):
-    with pytest.raises(bench.typer.BadParameter, match="pixels, latents"): bench.main(minutes=1, kinds="sound", device="cpu", threads=1, folder=tmp_path, out=tmp_path / "out.json")
+@pytest.mark.parametrize("options, message", [(dict(kinds="sound"), "pixels, latents"), (dict(evaluations="2,10"), "no sampler for 10 evaluations; there are those for 2, 3"), (dict(draws=0), "1 or more")])
+def test_what_there_is_not_is_refused_before_the_training(bench, tmp_path, options, message):
+    with pytest.raises(bench.typer.BadParameter, match=message): bench.main(minutes=1, device="cpu", threads=1, folder=tmp_path, out=tmp_path / "out.json", **dict(evaluations="2,3") | options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_recipe_is_refused(bench, tmp_path, monkeypatch):
+    rows(bench, tmp_path / "runs", tmp_path / "out.json", kinds="pixels", note="first")
+    assert rows(bench, tmp_path / "runs", tmp_path / "out.json", kinds="pixels")[0]["note"] == "first"                # a note stays until another is given
+    monkeypatch.setitem(bench.SCHEDULE, "beta_schedule", "scaled_linear")
+    with pytest.raises(bench.typer.BadParameter, match="another recipe"): rows(bench, tmp_path / "runs", tmp_path / "out.json", kinds="pixels")
+
+
+@pytest.mark.parametrize("noted, done, minutes", [([100, 60, 120], 80, [48, 96]), ([100, 60, 120], 120, [72, 144]), (None, 0, [0, 0])])
+def test_the_clock_counts_the_steps_that_are_left(bench, tmp_path, noted, done, minutes):
+    notes = bench.Notes(tmp_path / "notes.json")
+    if noted: notes.keep(unet=noted)
+    assert bench.Clock(notes, "unet", done, torch.device("cpu")).spent == pytest.approx(minutes)
 
 
 @pytest.fixture
