@@ -92,7 +92,7 @@ class Attention(nn.Module):
         context_channels=None,  # width of the context; None: look at oneself
         heads=1,                # number of heads
         bias=False,             # have queries, keys and values a bias?
-        groups=None,            # normalise the input with a GroupNorm of so many groups
+        groups=None,            # of a GroupNorm for `PictureAttention`, which applies it; None: no norm
     ):
         super().__init__()
         if heads < 1 or channels % heads: raise ValueError(f"Attention: {channels} channels can't be shared out to {heads} heads; choose a number that divides {channels}")

@@ -77,7 +77,7 @@ def replayed(
 def seeded(
     number,  # any integer
 ):
-    "Seed the hidden generators of PyTorch, NumPy and Python for a moment, then put them back as they were"
+    "Seed the hidden generators of PyTorch, NumPy and Python for a moment, then put them back as they were (those of GPUs stay seeded)"
     python, array = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(number), random.seed(number), np.random.seed(number % 2**32)
@@ -100,7 +100,7 @@ class Fit:
         checkpoint=None,   # a .safetensors file to go on from and to save to; None: nothing is saved
         dtype=None,        # torch.bfloat16: mixed precision, for GPUs; None: all in float32
         accelerator=None,  # of `several_processes`; None: this process trains alone
-        muon=False,        # leave the layers' matrices and kernels to `Muon`? AdamW keeps the rest, and the first and last convolution
+        muon=False,        # leave the layers' matrices and kernels to `Muon`? AdamW keeps the rest, and layers named conv_in or conv_out
     ):
         if dtype not in (None, torch.bfloat16): raise ValueError(f"dtype is {dtype}: there is torch.bfloat16, or None for float32 (float16 would need a scaled loss)")
         self.model, self.steps, self.lr, self.warmup, self.clip, self.seed, self.dtype, self.accelerator = model, steps, lr, warmup, clip, seed, dtype, accelerator
