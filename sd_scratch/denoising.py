@@ -63,7 +63,7 @@ def drop_captions(
 def start_as_nothing(
     unet,  # a fresh `UNet2DConditionModel`
 ):         # the same
-    "Set the last layer of every residual branch to zero, so that at first each block passes on what it gets (Goyal et al. 2017, section 5.1)"
+    "Set the last layer, and that of every residual branch, to zero: at first the answer is 0, and each block passes on what it gets (after Goyal et al. 2017, section 5.1)"
     for module in unet.modules():
         last = (module.conv2 if isinstance(module, ResnetBlock2D) else module.proj_out if isinstance(module, Transformer2DModel)
                 else module.conv_out if isinstance(module, UNet2DConditionModel) else None)
