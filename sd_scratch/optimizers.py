@@ -17,7 +17,7 @@ def one_cycle(
     peak,         # the largest learning rate
     warmup=0.05,  # share of the steps on the way up
 ):                # learning rate of this step
-    "Raise the learning rate in a straight line to its peak, then lower it along a cosine to nothing (Smith & Topin 2018)"
+    "Raise the learning rate in a straight line to its peak, then lower it along a cosine to nothing (fastai's form of the policy of Smith & Topin 2018)"
     rise = max(1, round(warmup * steps))
     if step < rise: return peak * (step + 1) / rise
     return peak * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
