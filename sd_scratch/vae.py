@@ -133,7 +133,7 @@ def autoencoder_loss(
     generator,        # torch.Generator
     kl_weight=1e-6,   # of the KL term, nats a picture
 ):                    # scalar
-    "Compare pictures with what is left of them after the latent: absolute and squared error, and a little KL (Rombach et al. 2022, eq. 25, without the discriminator)"
+    "Compare pictures with what is left of them after the latent: absolute and squared error, and a little KL (after Rombach et al. 2022, eq. 25, without perceptual loss and discriminator)"
     again, latent = vae(pictures, generator)
     error = again - pictures
     return error.abs().mean() + error.square().mean() + kl_weight * latent.kl().mean()

@@ -2,6 +2,7 @@
 import json
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -242,10 +243,17 @@ def test_what_a_file_leaves_out_has_the_default_of_the_class_it_names():
     theirs = PNDMScheduler(skip_prk_steps=True)
     with pytest.warns(UserWarning, match="PNDMScheduler"): ours = NoiseSchedule.from_config(dict(_class_name="PNDMScheduler", beta_schedule="linear"))
     assert ours.config == {name: theirs.config[name] for name in ours.config}
-    with pytest.warns(UserWarning, match="Euler"): ours = NoiseSchedule.from_config(dict(_class_name="EulerDiscreteScheduler", beta_schedule="linear"))
-    theirs = EulerDiscreteScheduler()
-    assert {name: ours.config[name] for name in theirs.config if name in ours.config} == {name: theirs.config[name] for name in ours.config if name in theirs.config}
     assert NoiseSchedule.from_config({}).config == NoiseSchedule().config                   # with no class named, they're our own arguments
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep",
+                                  "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LCM", "TCD"])
+def test_other_samplers_have_defaults_of_their_own(name):
+    theirs = getattr(diffusers, f"{name}Scheduler")()
+    with pytest.warns(UserWarning, match=name): ours = NoiseSchedule.from_config(dict(_class_name=f"{name}Scheduler"))
+    shared = ours.config.keys() & theirs.config.keys()
+    assert {key: ours.config[key] for key in shared} == {key: theirs.config[key] for key in shared} and len(shared) >= 5
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
 
 
 # As published with Stable Diffusion 1.5 and 2.1: old versions of diffusers wrote them.
