@@ -193,11 +193,11 @@ _DIFFUSERS = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, be
                   set_alpha_to_one=True, timestep_spacing="leading", clip_sample=True)      # DDIMScheduler's defaults
 _OTHERS = dict(timestep_spacing="linspace", clip_sample=False)
 _LATENT = dict(beta_start=0.00085, beta_end=0.012)                                          # Stable Diffusion's, the defaults of some
-_DEFAULTS = dict(DDIMScheduler={}, DDPMScheduler={}, PNDMScheduler=dict(set_alpha_to_one=False, clip_sample=False)) | {
-    f"{name}Scheduler": defaults for defaults, names in (
-        (_OTHERS, ("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep")),
-        (_OTHERS | _LATENT, ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")),
-        (dict(clip_sample=False, beta_schedule="scaled_linear") | _LATENT, ("LCM", "TCD"))) for name in names}
+_DEFAULTS = (dict(DDIMScheduler={}, DDPMScheduler={}, PNDMScheduler=dict(set_alpha_to_one=False, clip_sample=False))
+    | dict.fromkeys(("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler",
+                     "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"), _OTHERS)
+    | dict.fromkeys(("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _OTHERS | _LATENT)
+    | dict.fromkeys(("LCMScheduler", "TCDScheduler"), _LATENT | dict(beta_schedule="scaled_linear", clip_sample=False)))
 _REFUSED = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "trained_betas", "use_flow_sigmas")
 _NO_EFFECT = ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio",        # details of what is refused
               "skip_prk_steps", "interpolation_type", "timestep_type", "final_sigmas_type") # other samplers', carried along in DDIM's files
